@@ -1,0 +1,85 @@
+# make demo   environment, build, train and export a small model
+# make test   environment, build, lint, tests
+#
+# PYTHON       makes the environment, and runs the GPU targets as it is
+# TORCH        what pip is asked for: make test TORCH=torch==2.11.0
+# TORCH_INDEX  the package index to take it from. A CPU build where pip would take a CUDA one:
+#              make test TORCH=torch==2.13.0+cpu TORCH_INDEX=<PyTorch's index of CPU builds>
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+TORCH_STAMP := $(VENV)/.$(subst =,,$(TORCH))
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS := pyproject.toml setup.py $(NATIVE) $(wildcard attn_ops/*/schemas.txt)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint format compile-cuda bench-cpu bench-gpu test-gpu wheel clean
+
+demo: $(VENV)/.installed-examples
+	$(RUN) compile_examples/train_gpt.py $(DEMO_ARGS)
+
+test: lint compile-cuda
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+	$(RUN) -m mypy
+
+format: $(VENV)/.installed-dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(NATIVE)
+
+# Needs nvcc but no GPU. Nothing is linked: it is the sources that are checked.
+compile-cuda: $(VENV)/.installed-dev
+	$(RUN) .ci/compile_cuda.py
+
+bench-cpu: $(VENV)/.installed-bench
+	$(RUN) -m benchmarks.run --preset cpu $(BENCH_ARGS)
+
+# On a machine with a GPU torch is there already: these two use PYTHON and install nothing.
+bench-gpu:
+	$(PYTHON) -m benchmarks.run --preset cuda $(BENCH_ARGS)
+
+test-gpu:
+	ATTN_OPS_TEST_DEVICE=cuda $(PYTHON) -m pytest $(PYTEST_ARGS)
+
+wheel: $(VENV)/.tools
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info attn_ops/lib .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.installed-*
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "attn_ops needs Python 3.10 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "No virtual environment could be made (on Debian and Ubuntu: apt install python3-venv)"; \
+		exit 1; }
+
+# torch comes first and alone; constraints.txt then holds it, so no later step can replace it.
+$(TORCH_STAMP): $(VENV)/bin/pip
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(RUN) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+		> $(VENV)/constraints.txt
+	@rm -f $(VENV)/.torch*
+	@touch $@
+
+$(VENV)/.tools: $(TORCH_STAMP)
+	$(PIP) install -c $(VENV)/constraints.txt "setuptools>=77" wheel ninja
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.tools $(BUILD_INPUTS)
+	$(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e ".[$*]"
+	@touch $@
