@@ -16,7 +16,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-TORCH_STAMP := $(VENV)/.$(subst =,,$(TORCH))
+TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,,$(TORCH)))
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := pyproject.toml setup.py $(NATIVE) $(wildcard attn_ops/*/schemas.txt)
 
