@@ -1,0 +1,1 @@
+"""One runner for all ops: `python -m benchmarks.run --help`."""
