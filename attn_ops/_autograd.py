@@ -1,0 +1,129 @@
+"""The one place that touches PyTorch's private autograd names.
+
+`torch.library.register_autograd` serves eager mode, the compiler and double backward, but
+`torch.func.grad` over it raises and `torch.func.jvp` over it returns a silent zero. An
+`autograd.Function` of a single functorch level, called from the op's Autograd kernel, serves all of
+them. Where a private name is missing the ops fall back to `register_autograd`, and forward mode
+raises instead of returning zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attn_ops import _library
+
+unavailable: str | None = None
+try:
+    from torch._C import (  # type: ignore[attr-defined]
+        _after_autograd_keyset,
+        _any_requires_grad,
+        _AutoDispatchBelowAutograd,
+    )
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled
+    from torch.autograd.function import _SingleLevelFunction
+
+    forward_ad._current_level  # noqa: B018  # read here so that its absence is found at import
+except (ImportError, AttributeError) as error:
+    unavailable = f"torch {torch.__version__} lacks a private name: {error}"
+
+Setup = Callable[[Any, tuple[Any, ...], Any], None]
+Formula = Callable[..., Any]
+
+
+def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -> None:
+    """Gives `attn::op` derivatives of every order in both modes.
+
+    setup(ctx, args, output): saves.
+    backward(ctx, *grad_outputs) -> a gradient or None per argument.
+    formula(*args): the op in plain PyTorch. In forward mode it takes the op's place, so PyTorch itself
+        differentiates it, whatever transforms are nested around.
+    """
+    overload = getattr(torch.ops.attn, op).default
+    if unavailable is not None:
+        torch.library.register_autograd(
+            f"attn::{op}",
+            backward,
+            setup_context=lambda ctx, inputs, output: setup(ctx, inputs, output),
+            lib=_library._library,
+        )
+        return
+
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+        # _SingleLevelFunction switches both grad modes off; an outer functorch level still records.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+            output = overload.redispatch(keyset & _after_autograd_keyset, *args)
+        setup(ctx, args, output)
+        return output
+
+    function = type(
+        f"{op.strip('_')}",
+        (_SingleLevelFunction,),
+        {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads))),
+        },
+    )
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            with torch.autocast(args[0].device.type, enabled=False):
+                return formula(*args)
+        if torch.is_grad_enabled() and _any_requires_grad(*args):
+            with enable_single_level_autograd_function():
+                return function.apply(keyset, *args)
+        with _AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & _after_autograd_keyset, *args)
+
+    _library.implement(op, kernel, "Autograd", with_keyset=True)
+
+
+def check_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Without the private names forward mode would return silent zeros: it raises instead."""
+    if unavailable is None:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{op}: forward-mode AD is not available: {unavailable}")
+
+
+def needed(ctx: Any) -> Sequence[bool]:
+    """Which arguments of the op need a gradient."""
+    return ctx.needs_input_grad if unavailable is not None else ctx.needs_input_grad[1:]
+
+
+def vjp_of_formula(
+    formula: Formula,
+    args: Sequence[Any],
+    cotangents: Sequence[Tensor | None],
+    differentiable: Sequence[int],
+) -> list[Tensor | None]:
+    """A gradient or None per argument of `formula`; itself differentiable.
+
+    differentiable: the places of the arguments that have a gradient.
+    """
+    places = [i for i in differentiable if args[i] is not None]
+
+    def function(*tensors: Tensor) -> Any:
+        full = list(args)
+        for i, tensor in zip(places, tensors, strict=True):
+            full[i] = tensor
+        return formula(*full)
+
+    with torch.autocast(args[0].device.type, enabled=False):
+        outputs, pullback = torch.func.vjp(function, *(args[i] for i in places))
+        filled = tuple(
+            torch.zeros_like(output) if cotangent is None else cotangent
+            for output, cotangent in zip(outputs, cotangents, strict=True)
+        )
+        results = pullback(filled)
+    grads: list[Tensor | None] = [None] * len(args)
+    for i, grad in zip(places, results, strict=True):
+        grads[i] = grad
+    return grads

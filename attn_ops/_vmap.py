@@ -1,0 +1,87 @@
+"""Batching rules: the mapped dimension becomes part of the heads.
+
+Folding it into the heads (not the batch) gives every mapped copy its own per-head parameters, so a
+backward op returns per-sample gradients of them. Grouped heads survive: with V copies, query head
+`v*H + h` still reads key/value head `(v*H + h) // (H/Hk) = v*Hk + h // (H/Hk)`.
+
+Letters: V the mapped dimension, B batch, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Where the heads stand in a tensor: `[B, H, ...]`, `[H, ...]`, or nowhere.
+BATCH_HEADS, SCORES, HEADS, NOWHERE = "batch_heads", "scores", "heads", "nowhere"
+
+
+def _fold(x: Tensor, dim: int | None, size: int, place: str, heads: int) -> Tensor:
+    at = 0 if place == HEADS else 1
+    x = x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:]) if dim is None else x.movedim(dim, at)
+    if place == SCORES and x.shape[2] == 1:
+        x = x.expand(-1, -1, heads, -1, -1)  # a mask or bias that all heads share
+    return x.flatten(at, at + 1)
+
+
+def _unfold(x: Tensor, size: int, place: str, shared: bool) -> tuple[Tensor, int]:
+    at = 0 if place == HEADS else 1
+    x = x.unflatten(at, (size, -1))
+    return (x.sum(2, keepdim=True) if shared else x), at
+
+
+def register(
+    op: str, inputs: Sequence[str], outputs: Sequence[str], gradient_of: Sequence[int] | None = None
+) -> None:
+    """vmap for `attn::op`.
+
+    inputs: the place of the heads in each leading tensor argument (the first BATCH_HEADS one is
+        taken to have all query heads); outputs: the same for each output.
+    gradient_of: for a backward op, the argument that each output is the gradient of.
+    """
+    overload = getattr(torch.ops.attn, op).default
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        dims = dict(enumerate(in_dims[: len(inputs)]))
+        if any(place == NOWHERE and dims[i] is not None for i, place in enumerate(inputs)):
+            return _one_by_one(overload, info.batch_size, in_dims, args)
+        heads = args[0].shape[1 if dims[0] is None else (1 if dims[0] > 1 else 2)]
+        folded, shared = list(args), {}
+        for i, place in enumerate(inputs):
+            x, dim = args[i], dims[i]
+            if x is None or place == NOWHERE:
+                continue
+            if place == SCORES:
+                shared[i] = x.movedim(dim, 0)[0].shape[1] == 1 if dim is not None else x.shape[1] == 1
+            folded[i] = _fold(x, dim, info.batch_size, place, heads)
+        results = overload(*folded)
+        unfolded = []
+        for i, (result, place) in enumerate(zip(results, outputs, strict=True)):
+            if result.dim() == 1 and result.shape[0] == 0:
+                unfolded.append((result, None))  # a gradient that nobody asked for
+            else:
+                was_shared = gradient_of is not None and shared.get(gradient_of[i], False)
+                unfolded.append(_unfold(result, info.batch_size, place, was_shared))
+        return tuple(x for x, _ in unfolded), tuple(dim for _, dim in unfolded)
+
+    register_rule(op, rule)
+
+
+def register_rule(op: str, rule: Callable[..., Any]) -> None:
+    from attn_ops import _library
+
+    torch.library.register_vmap(f"attn::{op}", rule, lib=_library._library)
+
+
+def _one_by_one(
+    overload: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> Any:
+    """A loop over the copies, for what cannot be folded (packed sequences that differ by copy)."""
+    results = [
+        overload(*(x if dim is None else x.select(dim, v) for x, dim in zip(args, in_dims, strict=True)))
+        for v in range(size)
+    ]
+    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
