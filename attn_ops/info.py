@@ -1,0 +1,102 @@
+"""`python -m attn_ops.info`: what this installation runs on, and which kernel serves each op."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+
+import torch
+
+import attn_ops
+from attn_ops import _library
+
+ROOMS = sorted(path.parent.name for path in _library.PACKAGE.glob("*/schemas.txt"))
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Who computes a room's op on a device, and what is missing for a faster kernel."""
+
+    room: str
+    device: str
+    kernel: str
+    missing: str = ""
+
+
+def triton_version() -> str | None:
+    """The version that is installed, found without importing it."""
+    if find_spec("triton") is None:
+        return None
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def gpu() -> str:
+    """The GPU's name and architecture, or why there is none."""
+    if torch.version.cuda is None:
+        return "none: this torch has no CUDA"
+    if not torch.cuda.is_available():
+        return f"none: torch is built for CUDA {torch.version.cuda} and finds no device"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (sm_{major}{minor}), CUDA {torch.version.cuda}"
+
+
+def private_ops(room: str) -> list[str]:
+    """The ops of a room that kernels are registered for: `_cosine_sim_fwd` and so on."""
+    names = [schema.partition("(")[0] for schema in _library.schemas(room)]
+    return [name for name in names if name.startswith("_")]
+
+
+def serving_cpu(room: str) -> Serving:
+    """C++ where the native library registers every op of the room."""
+    ops = private_ops(room)
+    native = bool(_library.loaded_libraries) and all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"attn::{op}", "CPU") for op in ops
+    )
+    if native:
+        return Serving(room, "cpu", "C++")
+    missing = _library.library_error or "the native library has no kernel for it"
+    return Serving(room, "cpu", "reference", missing)
+
+
+def serving_cuda(room: str) -> Serving:
+    """Triton where the room has such a kernel and Triton is installed."""
+    if not (_library.PACKAGE / room / "triton.py").exists():
+        return Serving(room, "cuda", "reference", "a Triton kernel")
+    if triton_version() is None:
+        return Serving(room, "cuda", "reference", "Triton")
+    missing = "" if torch.cuda.is_available() else "a GPU, or a torch built for it"
+    return Serving(room, "cuda", "Triton; reference for float64", missing)
+
+
+def servings() -> list[Serving]:
+    """One line per room and device."""
+    return [serving(room) for room in ROOMS for serving in (serving_cpu, serving_cuda)]
+
+
+def report() -> str:
+    """The whole text."""
+    triton = triton_version()
+    facts = {
+        "attn_ops": f"{attn_ops.__version__}, Python {platform.python_version()}",
+        "torch": torch.__version__,
+        "libraries": ", ".join(_library.loaded_libraries) or f"none: {_library.library_error}",
+        "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads",
+        "GPU": gpu(),
+        "Triton": triton or "not installed (CUDA builds of torch bring it)",
+    }
+    lines = [f"{name:<10} {fact}" for name, fact in facts.items()]
+    lines += ["", f"{'op':<12} {'device':<7} kernel"]
+    for one in servings():
+        missing = f" (missing: {one.missing})" if one.missing else ""
+        lines.append(f"{one.room:<12} {one.device:<7} {one.kernel}{missing}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,71 @@
+"""The runner times nothing that is wrong, and reports what could not run."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import run
+from benchmarks.cases import Contender, Entry, Setting, draw
+from benchmarks.measure import measure
+
+SETTING = Setting("cpu", torch.float32, 1, 2, 1, 16, 8, causal=True, mask_prob=0.3)
+
+
+def outcome(call) -> str:
+    """What becomes of a contender that computes `call(inputs)`."""
+    entry = run.OPS["cosine_sim"]
+    contender = Contender("it", lambda inputs, setting: lambda: call(inputs))
+    torch_threads = torch.get_num_threads()
+    try:
+        times = measure(entry, [contender], draw(SETTING), SETTING, "forward+backward", 3, 0.1)
+    finally:
+        torch.set_num_threads(torch_threads)
+    assert bool(times[0].seconds) != bool(times[0].failure)
+    return times[0].failure
+
+
+def test_every_default_contender_is_right() -> None:
+    entry = run.OPS["cosine_sim"]
+    for contender in entry.contenders("cpu", everyone=False):
+        assert outcome(lambda inputs, one=contender: one.prepare(inputs, SETTING)()) == ""
+
+
+@pytest.mark.parametrize("factor", [1.001, torch.nan])
+def test_wrong_contender_is_not_timed(factor: float) -> None:
+    right = run.OPS["cosine_sim"].ours
+    assert outcome(lambda inputs: factor * right.prepare(inputs, SETTING)()).startswith("wrong: ")
+
+
+def test_out_of_memory_is_reported_as_such() -> None:
+    def call(inputs) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert outcome(call) == "out of memory"
+    assert outcome(lambda inputs: torch.empty(1 << 56)) == "out of memory"
+
+
+@pytest.mark.parametrize("only", ["--only-forwards", "--only-backwards"])
+def test_command_writes_a_table_a_csv_file_and_a_plot(
+    only: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    command = "run --op cosine_sim --device cpu --causal --mask-prob 0.2 --num-times 2 --plot"
+    command += f" --dtype float32 --seq-lens 32 64 --heads 2 --head-dim 16 --csv {only}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    run.main()
+    printed = capsys.readouterr().out
+    assert "| ratio |" in printed
+    assert "wrong" not in printed
+    which = only.removeprefix("--only-").removesuffix("s")
+    assert (tmp_path / f"cosine_sim-cpu-{which}.png").stat().st_size > 1000
+    lines = (tmp_path / "cosine_sim-cpu.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * len(run.OPS["cosine_sim"].contenders("cpu", everyone=False))
+
+
+def test_an_entry_is_data() -> None:
+    for entry in run.OPS.values():
+        assert isinstance(entry, Entry)
+        assert {"forward", "backward", "forward+backward"} == entry.flops(SETTING).keys()
