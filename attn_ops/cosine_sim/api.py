@@ -18,7 +18,7 @@ def cosine_sim_attention(
     bias: Tensor | None = None,
     *,
     causal: bool = False,
-    scale: float | Tensor = 8.0,
+    scale: float | Tensor | None = None,
     normalize: bool = True,
     groups: int = 1,
     relative_bias: Tensor | None = None,
@@ -56,7 +56,7 @@ def cosine_sim_attention(
         bias: added to the score, -inf hides a key. [H, M, N] ([BH, M, N] for merged heads) or
             broadcastable to [B, H, M, N]. Its gradient is summed over what was broadcast.
         causal: query m sees key n only if `n <= m + (N - M)` (aligned at the bottom right).
-        scale: a finite float; or a tensor [H] (or of one element), learnable: the same as `head_scale`.
+        scale: a finite float, 8.0 by default; or a tensor [H] (or of one element), learnable: the same as `head_scale`.
         normalize: False takes query and key as they are (see `attn_ops.l2_normalize`).
         groups: each of so many equal slices of D becomes a unit vector, |q̂·k̂| <= groups.
         relative_bias: [H or 1, M+N-1], `score[m, n] += relative_bias[h, n - m + M - 1]`.
@@ -93,7 +93,6 @@ def cosine_sim_attention(
         scale = 1.0
     options = {
         "causal": causal,
-        "scale": scale,
         "normalize": normalize,
         "groups": groups,
         "relative_bias": relative_bias,
@@ -105,6 +104,10 @@ def cosine_sim_attention(
         "query_gain": query_gain,
         "key_gain": key_gain,
     }
+    # The compiler would read a default of 8.0 off this function as a symbolic float, and trace again when
+    # the op makes it a number; the op's own default is a number from the start.
+    if scale is not None:
+        options["scale"] = scale
     if return_lse:
         return torch.ops.attn.cosine_sim_with_lse(query, key, value, mask, bias, **options)
     return torch.ops.attn.cosine_sim(query, key, value, mask, bias, **options)
