@@ -20,6 +20,7 @@ TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,,$(TORCH)))
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := pyproject.toml setup.py $(NATIVE) $(wildcard attn_ops/*/schemas.txt)
 
+.NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: demo test lint format compile-cuda bench-cpu bench-gpu test-gpu wheel clean
 
