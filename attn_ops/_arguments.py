@@ -15,8 +15,8 @@ from attn_ops import masks
 from attn_ops._checks import (
     check_broadcastable,
     check_device,
-    check_like_query,
     check_floating,
+    check_like_query,
     check_parameter,
     check_rank,
     check_shape,
@@ -168,9 +168,7 @@ def _fold_mask(op: str, mask: Tensor, query: Tensor, full: tuple[int, ...]) -> T
     return mask
 
 
-def _fold_bias(
-    op: str, bias: Tensor, query: Tensor, full: tuple[int, ...], merged: bool
-) -> Tensor:
+def _fold_bias(op: str, bias: Tensor, query: Tensor, full: tuple[int, ...], merged: bool) -> Tensor:
     check_parameter(op, "bias", bias, query)
     law = "[BH, M, N]" if merged else "[H, M, N]"
     check_rank(op, "bias", bias, (3, 4), f"{law} or broadcastable to [B, H, M, N]")

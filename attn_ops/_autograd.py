@@ -42,8 +42,8 @@ def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -
 
     setup(ctx, args, output): saves.
     backward(ctx, *grad_outputs) -> a gradient or None per argument.
-    formula(*args): the op in plain PyTorch. In forward mode it takes the op's place, so PyTorch itself
-        differentiates it, whatever transforms are nested around.
+    formula(*args): the op in plain PyTorch. In forward mode it takes the op's place, so PyTorch
+        itself differentiates it, whatever transforms are nested around.
     """
     overload = getattr(torch.ops.attn, op).default
     if unavailable is not None:
@@ -62,8 +62,8 @@ def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -
         setup(ctx, args, output)
         return output
 
-    function = type(
-        f"{op.strip('_')}",
+    function: Any = type(
+        op.strip("_"),
         (_SingleLevelFunction,),
         {
             "forward": staticmethod(forward),
@@ -117,7 +117,7 @@ def vjp_of_formula(
         return formula(*full)
 
     with torch.autocast(args[0].device.type, enabled=False):
-        outputs, pullback = torch.func.vjp(function, *(args[i] for i in places))
+        outputs, pullback, *_ = torch.func.vjp(function, *(args[i] for i in places))
         filled = tuple(
             torch.zeros_like(output) if cotangent is None else cotangent
             for output, cotangent in zip(outputs, cotangents, strict=True)

@@ -9,11 +9,13 @@ Letters: V the mapped dimension, B batch, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from attn_ops import _library
 
 # Where the heads stand in a tensor: `[B, H, ...]`, `[H, ...]`, or nowhere.
 BATCH_HEADS, SCORES, HEADS, NOWHERE = "batch_heads", "scores", "heads", "nowhere"
@@ -21,7 +23,10 @@ BATCH_HEADS, SCORES, HEADS, NOWHERE = "batch_heads", "scores", "heads", "nowhere
 
 def _fold(x: Tensor, dim: int | None, size: int, place: str, heads: int) -> Tensor:
     at = 0 if place == HEADS else 1
-    x = x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:]) if dim is None else x.movedim(dim, at)
+    if dim is None:
+        x = x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:])
+    else:
+        x = x.movedim(dim, at)
     if place == SCORES and x.shape[2] == 1:
         x = x.expand(-1, -1, heads, -1, -1)  # a mask or bias that all heads share
     return x.flatten(at, at + 1)
@@ -55,10 +60,10 @@ def register(
             if x is None or place == NOWHERE:
                 continue
             if place == SCORES:
-                shared[i] = x.movedim(dim, 0)[0].shape[1] == 1 if dim is not None else x.shape[1] == 1
+                shared[i] = (x if dim is None else x.movedim(dim, 0)[0]).shape[1] == 1
             folded[i] = _fold(x, dim, info.batch_size, place, heads)
         results = overload(*folded)
-        unfolded = []
+        unfolded: list[tuple[Tensor, int | None]] = []
         for i, (result, place) in enumerate(zip(results, outputs, strict=True)):
             if result.dim() == 1 and result.shape[0] == 0:
                 unfolded.append((result, None))  # a gradient that nobody asked for
@@ -67,12 +72,6 @@ def register(
                 unfolded.append(_unfold(result, info.batch_size, place, was_shared))
         return tuple(x for x, _ in unfolded), tuple(dim for _, dim in unfolded)
 
-    register_rule(op, rule)
-
-
-def register_rule(op: str, rule: Callable[..., Any]) -> None:
-    from attn_ops import _library
-
     torch.library.register_vmap(f"attn::{op}", rule, lib=_library._library)
 
 
@@ -80,8 +79,8 @@ def _one_by_one(
     overload: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> Any:
     """A loop over the copies, for what cannot be folded (packed sequences that differ by copy)."""
+    pairs = list(zip(args, in_dims, strict=True))
     results = [
-        overload(*(x if dim is None else x.select(dim, v) for x, dim in zip(args, in_dims, strict=True)))
-        for v in range(size)
+        overload(*(x if dim is None else x.select(dim, v) for x, dim in pairs)) for v in range(size)
     ]
     return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])

@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from attn_ops._checks import check_tensor
+
+
+@overload
+def cosine_sim_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    scale: float | Tensor | None = ...,
+    normalize: bool = ...,
+    groups: int = ...,
+    relative_bias: Tensor | None = ...,
+    window: int | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    head_scale: Tensor | None = ...,
+    query_gain: Tensor | None = ...,
+    key_gain: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def cosine_sim_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    scale: float | Tensor | None = ...,
+    normalize: bool = ...,
+    groups: int = ...,
+    relative_bias: Tensor | None = ...,
+    window: int | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    head_scale: Tensor | None = ...,
+    query_gain: Tensor | None = ...,
+    key_gain: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def cosine_sim_attention(
@@ -39,30 +87,32 @@ def cosine_sim_attention(
         \mathrm{score}_{mn} = \mathrm{scale}\; \hat q_m \cdot \hat k_n + \mathrm{bias}_{mn}, \qquad
         \mathrm{out} = \mathrm{softmax}(\mathrm{score})\, v
 
-    Scores and `lse` are in nats; `scale`, `bias` and `sink` are in the same unit. A query that sees no
-    key gives zeros, its `lse` is -inf (or its sink), and every gradient through it is zero.
+    Scores and `lse` are in nats; `scale`, `bias` and `sink` are in the same unit. A query that
+    sees no key gives zeros, its `lse` is -inf (or its sink), and every gradient through it is zero.
 
     Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width,
-    E value width, S packed sequences. D and E are 1 to 256. Any strides; float64, float32, bfloat16,
-    float16; sums are accumulated in float32 (float64 for float64).
+    E value width, S packed sequences. D and E are 1 to 256. Any strides; float64, float32,
+    bfloat16, float16; sums are accumulated in float32 (float64 for float64).
 
     Args:
-        query: [B, H, M, D]. Or [BH, M, D] with key and value of rank 3: batch and heads merged, which
-            is a batch of BH with one head.
-        key: [B, Hk, N, D], H a multiple of Hk: query head h reads head h // (H/Hk). Or [B, N, D], one
-            head for all query heads.
+        query: [B, H, M, D]. Or [BH, M, D] with key and value of rank 3: batch and heads merged,
+            which is a batch of BH with one head.
+        key: [B, Hk, N, D], H a multiple of Hk: query head h reads head h // (H/Hk). Or [B, N, D],
+            one head for all query heads.
         value: [B, Hk, N, E] or [B, N, E] like key.
         mask: bool, True = may attend. [B, N] hides keys; or broadcastable to [B, H, M, N].
         bias: added to the score, -inf hides a key. [H, M, N] ([BH, M, N] for merged heads) or
             broadcastable to [B, H, M, N]. Its gradient is summed over what was broadcast.
         causal: query m sees key n only if `n <= m + (N - M)` (aligned at the bottom right).
-        scale: a finite float, 8.0 by default; or a tensor [H] (or of one element), learnable: the same as `head_scale`.
+        scale: a finite float, 8.0 by default; or a tensor [H] (or of one element), learnable: the
+            same as `head_scale`.
         normalize: False takes query and key as they are (see `attn_ops.l2_normalize`).
         groups: each of so many equal slices of D becomes a unit vector, |q̂·k̂| <= groups.
         relative_bias: [H or 1, M+N-1], `score[m, n] += relative_bias[h, n - m + M - 1]`.
         window: with causal, query m sees key n only if `n > m + (N - M) - window`.
-        cu_seqlens_q: [S+1] int32 or int64 offsets: S sequences packed into B = 1. A query sees its own
-            sequence only, and causal aligns per sequence. Tokens after the last offset see nothing.
+        cu_seqlens_q: [S+1] int32 or int64 offsets: S sequences packed into B = 1. A query sees its
+            own sequence only, and causal aligns per sequence. Tokens after the last offset see
+            nothing.
         cu_seqlens_k: [S+1], the same for the keys. With relative_bias the offsets must be equal.
         sink: [H] logits: one extra key with that score and no value, counted in lse.
         head_scale: [H], learnable, multiplied with `scale`.
@@ -73,8 +123,8 @@ def cosine_sim_attention(
     Bias, relative_bias, sink, head_scale and gains may be float32 beside 16-bit inputs.
 
     Returns:
-        out [B, H, M, E] (or [BH, M, E]) in query's dtype; with return_lse also lse [B, H, M], float32
-        (float64 for float64).
+        out [B, H, M, E] (or [BH, M, E]) in query's dtype; with return_lse also lse [B, H, M],
+        float32 (float64 for float64).
 
     Raises:
         ValueError: a shape, a device or a value that the above does not allow.
@@ -91,7 +141,7 @@ def cosine_sim_attention(
         temperature = scale.expand(query.shape[1]) if scale.numel() == 1 else scale
         head_scale = temperature if head_scale is None else temperature * head_scale
         scale = 1.0
-    options = {
+    options: dict[str, Any] = {
         "causal": causal,
         "normalize": normalize,
         "groups": groups,
@@ -104,8 +154,8 @@ def cosine_sim_attention(
         "query_gain": query_gain,
         "key_gain": key_gain,
     }
-    # The compiler would read a default of 8.0 off this function as a symbolic float, and trace again when
-    # the op makes it a number; the op's own default is a number from the start.
+    # The compiler would read a default of 8.0 off this function as a symbolic float, and trace again
+    # when the op makes it a number; the op's own default is a number from the start.
     if scale is not None:
         options["scale"] = scale
     if return_lse:

@@ -26,8 +26,8 @@ def _query_blocks(query: Tensor, key: Tensor) -> Iterator[tuple[int, int]]:
         yield first, min(first + size, num_queries)
 
 
-def _rows(x: Tensor | None, dim: int, first: int, last: int) -> Tensor | None:
-    """Rows first..last of a tensor whose query dimension may be broadcast."""
+def _rows(x: Any, dim: int, first: int, last: int) -> Any:
+    """Rows first..last of an optional tensor whose query dimension may be broadcast."""
     if x is None or x.shape[dim] == 1:
         return x
     return x.narrow(dim, first, last - first)
@@ -60,9 +60,7 @@ _BACKWARD = (
     "grad_out grad_lse query key value mask bias relative_bias head_scale query_gain key_gain sink "
     "start stop out lse left right scale groups"
 ).split()
-_GRADS = (
-    "query key value bias relative_bias head_scale query_gain key_gain sink"
-).split()
+_GRADS = ("query key value bias relative_bias head_scale query_gain key_gain sink").split()
 _PER_QUERY = ("query", "grad_out", "grad_lse", "out", "lse")
 
 
@@ -83,12 +81,11 @@ def forward_formula(*values: Any) -> tuple[Tensor, Tensor]:
 
 def backward_formula(*values: Any) -> tuple[Tensor, ...]:
     """`attn::_cosine_sim_bwd` likewise."""
-    *values, output_mask = values
-    inputs = dict(zip(_BACKWARD, values, strict=True))
-    grads = reference.backward(**_in_compute_dtype(_BACKWARD, tuple(values)))
+    inputs = dict(zip(_BACKWARD, values[:-1], strict=True))
+    grads = reference.backward(**_in_compute_dtype(_BACKWARD, values[:-1]))
     return tuple(
-        grad.to(inputs[name].dtype) if needed else inputs["query"].new_empty(0)
-        for name, grad, needed in zip(_GRADS, grads, output_mask, strict=True)
+        inputs["query"].new_empty(0) if grad is None or not needed else grad.to(inputs[name].dtype)
+        for name, grad, needed in zip(_GRADS, grads, values[-1], strict=True)
     )
 
 
@@ -111,36 +108,37 @@ def forward(*values: Any) -> tuple[Tensor, Tensor]:
 
 def backward(*values: Any) -> tuple[Tensor, ...]:
     """`attn::_cosine_sim_bwd`."""
-    *values, output_mask = values
-    query, key = values[2], values[3]
+    inputs, output_mask = dict(zip(_BACKWARD, values[:-1], strict=True)), values[-1]
+    query, key = inputs["query"], inputs["key"]
     num_queries, num_keys = query.shape[2], key.shape[2]
     with torch.autocast(query.device.type, enabled=False):
-        args = _in_compute_dtype(_BACKWARD, tuple(values))
-        inputs = dict(zip(_BACKWARD, values, strict=True))
-        grads = {
+        args = _in_compute_dtype(_BACKWARD, values[:-1])
+        totals = {
             name: torch.zeros(inputs[name].shape, dtype=args[name].dtype, device=query.device)
             for name, needed in zip(_GRADS, output_mask, strict=True)
             if needed
         }
         for first, last in _query_blocks(query, key):
             place = _visibility_of_block(args, num_queries, num_keys, first, last)
-            rows = {name: _narrow(args[name], first, last) for name in _PER_QUERY}
-            block = args | place | rows
-            results = dict(zip(_GRADS, reference.backward(**block), strict=True))
-            for name, total in grads.items():
-                if name == "query" or (name == "bias" and total.shape[2] != 1):
-                    total[:, :, first:last] = results[name]
-                elif name == "relative_bias":
-                    total.narrow(1, num_queries - last, last - first + num_keys - 1).add_(
-                        results[name]
+            rows = {name: _rows(args[name], 2, first, last) for name in _PER_QUERY}
+            grads = reference.backward(**(args | place | rows))
+            for name, grad in zip(_GRADS, grads, strict=True):
+                if name in totals and grad is not None:
+                    _part_of_block(name, totals[name], first, last, num_queries, num_keys).add_(
+                        grad
                     )
-                else:
-                    total.add_(results[name])
     return tuple(
-        grads[name].to(inputs[name].dtype) if name in grads else query.new_empty(0)
+        totals[name].to(inputs[name].dtype) if name in totals else query.new_empty(0)
         for name in _GRADS
     )
 
 
-def _narrow(x: Tensor | None, first: int, last: int) -> Tensor | None:
-    return None if x is None else x.narrow(2, first, last - first)
+def _part_of_block(
+    name: str, total: Tensor, first: int, last: int, num_queries: int, num_keys: int
+) -> Tensor:
+    """The part of a gradient that queries first..last add to."""
+    if name == "query" or (name == "bias" and total.shape[2] != 1):
+        return total.narrow(2, first, last - first)
+    if name == "relative_bias":
+        return total.narrow(1, num_queries - last, last - first + num_keys - 1)
+    return total

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from attn_ops import _autograd, _library, _vmap
 from attn_ops._arguments import fold
-from attn_ops._checks import check_parameter, check_rank, check_shape, compute_dtype, fail, shape
+from attn_ops._checks import (
+    check_floating,
+    check_parameter,
+    check_rank,
+    check_shape,
+    compute_dtype,
+    fail,
+    shape,
+)
 from attn_ops.cosine_sim import in_blocks
 from attn_ops.cosine_sim.normalize import unit_slices
 
@@ -146,9 +154,7 @@ _library.decompose("cosine_sim_with_lse", _cosine_sim_with_lse)
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, heads, num_queries, _width = query.shape
     out = query.new_empty(batch, heads, num_queries, value.shape[3])
-    return out, query.new_empty(
-        batch, heads, num_queries, dtype=compute_dtype(query.dtype)
-    )
+    return out, query.new_empty(batch, heads, num_queries, dtype=compute_dtype(query.dtype))
 
 
 @_library.fake("_cosine_sim_bwd")
@@ -203,15 +209,19 @@ def _save_backward(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.set_materialize_grads(False)
 
 
-def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
     args = (*ctx.saved_tensors, *ctx.options)
     return _autograd.vjp_of_formula(
         in_blocks.backward_formula, args, cotangents, _BACKWARD_DIFFERENTIABLE
     )
 
 
-_autograd.differentiable("_cosine_sim_fwd", _save_forward, _forward_backward, in_blocks.forward_formula)
-_autograd.differentiable("_cosine_sim_bwd", _save_backward, _backward_backward, in_blocks.backward_formula)
+_autograd.differentiable(
+    "_cosine_sim_fwd", _save_forward, _forward_backward, in_blocks.forward_formula
+)
+_autograd.differentiable(
+    "_cosine_sim_bwd", _save_backward, _backward_backward, in_blocks.backward_formula
+)
 
 
 # --- batching: where the heads stand in every tensor

@@ -150,7 +150,9 @@ def backward(
     score = scores(
         unit_query, unit_key, mask, bias, relative_bias, head_scale, start, stop, left, right, scale
     )
-    finite_lse = torch.where(lse == -torch.inf, 0, lse)  # such a row sees nothing: its score is -inf
+    finite_lse = torch.where(
+        lse == -torch.inf, 0, lse
+    )  # such a row sees nothing: its score is -inf
     weight = (score - finite_lse.unsqueeze(-1)).exp()  # [B, H, M, N]
     delta = (out * grad_out).sum(-1)
     delta = delta if grad_lse is None else delta - grad_lse
