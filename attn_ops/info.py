@@ -65,7 +65,7 @@ def serving_cpu(room: str) -> Serving:
 
 def serving_cuda(room: str) -> Serving:
     """Triton where the room has such a kernel and Triton is installed."""
-    if not (_library.PACKAGE / room / "triton.py").exists():
+    if not any((_library.PACKAGE / room).glob("triton*.py")):
         return Serving(room, "cuda", "reference", "a Triton kernel")
     if triton_version() is None:
         return Serving(room, "cuda", "reference", "Triton")
