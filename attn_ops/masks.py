@@ -1,10 +1,10 @@
 """Which keys a query may see, folded into what kernels read.
 
-`causal`, `window` and packed sequences all give each query one interval of keys, and intersections of
-intervals are intervals. A kernel reads them as
+`causal`, `window` and packed sequences all give each query one interval of keys, and intersections
+of intervals are intervals. A kernel reads them as
   - a band: query m, at position p = m + (N - M), sees key n only if `p - left <= n <= p + right`;
-  - for packed sequences `start, stop` [1, M]: it sees n only if `start[m] <= n < stop[m]`. Both never
-    decrease along m, so the interval of a block of queries is read off its first and last row;
+  - for packed sequences `start, stop` [1, M]: it sees n only if `start[m] <= n < stop[m]`. Both
+    never decrease along m, so a block's interval is read off its first and last row;
   - a bool mask [B, H, M, N], each size 1 or full, for everything that is not an interval.
 
 Letters: B batch, H heads, M queries, N keys, S sequences.

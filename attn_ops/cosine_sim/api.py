@@ -154,8 +154,8 @@ def cosine_sim_attention(
         "query_gain": query_gain,
         "key_gain": key_gain,
     }
-    # The compiler would read a default of 8.0 off this function as a symbolic float, and trace again
-    # when the op makes it a number; the op's own default is a number from the start.
+    # The compiler would read a default of 8.0 off this function as a symbolic float, and trace
+    # again when the op makes it a number; the op's own default is a number from the start.
     if scale is not None:
         options["scale"] = scale
     if return_lse:

@@ -13,8 +13,8 @@ EPSILON = 1e-12
 def unit_slices(x: Tensor, groups: int) -> Tensor:
     """Each of `groups` equal slices of the last dimension, divided by max(its norm, 1e-12).
 
-    The norm is taken in at least float32, so that a tiny float16 vector becomes a unit vector. A zero
-    vector stays zero and gets a zero gradient.
+    The norm is taken in at least float32, so that a tiny float16 vector becomes a unit vector. A
+    zero vector stays zero and gets a zero gradient.
     """
     slices = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (groups, -1))
     squared = slices.square().sum(-1, keepdim=True)
@@ -31,8 +31,8 @@ def l2_normalize(*tensors: Tensor, groups: int = 1) -> Tensor | tuple[Tensor, ..
 
     Args:
         tensors: floating tensors of any shape [..., D].
-        groups: the last dimension is split into this many equal slices, each of which becomes a unit
-            vector.
+        groups: the last dimension is split into this many equal slices, each of which becomes a
+            unit vector.
 
     Returns:
         One tensor for one, a tuple for several, of the shapes and dtypes of the inputs. The norm is

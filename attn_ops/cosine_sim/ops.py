@@ -1,7 +1,7 @@
-"""`attn::cosine_sim`: public ops, and the private forward and backward that carry everything else.
+"""`attn::cosine_sim`: public ops, and the private forward and backward that carry all the rest.
 
-The public ops check their arguments and fold them (masks.py, _arguments.py); compiled graphs keep the
-private ones. schemas.txt has the schemas.
+The public ops check their arguments and fold them (masks.py, _arguments.py); compiled graphs keep
+the private ones. schemas.txt has the schemas.
 
 What the private ops read, beside query, key and value [B, H, M, D], [B, Hk, N, D], [B, Hk, N, E]:
   mask bool, bias [B, H, M, N], each size 1 or full; relative_bias [H, M+N-1]; head_scale, sink [H];

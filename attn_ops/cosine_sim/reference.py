@@ -56,6 +56,7 @@ def diagonal(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
 
 
 def row_scale(scale: float, head_scale: Tensor | None) -> float | Tensor:
+    """What multiplies q̂·k̂: a number, or one per head."""
     return scale if head_scale is None else scale * head_scale[:, None, None]
 
 
@@ -101,7 +102,7 @@ def forward(
     scale: float,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, M, E] = softmax(score) @ value, and lse [B, H, M] = log of the sum of exp(score)."""
+    """out [B, H, M, E] = softmax(score) @ value; lse [B, H, M] = log of the sum of exp(score)."""
     batch, heads, num_queries, _ = query.shape
     unit_query, unit_key = prepare(query, query_gain, groups), prepare(key, key_gain, groups)
     score = scores(
