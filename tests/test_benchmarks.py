@@ -1,6 +1,8 @@
 """The runner times nothing that is wrong, and reports what could not run."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,20 @@ import torch
 from torch import Tensor
 
 from benchmarks import run
-from benchmarks.cases import Contender, Entry, Setting, draw
+from benchmarks.cases import Contender, Entry, Inputs, Setting, draw
 from benchmarks.measure import measure
 
 SETTING = Setting("cpu", torch.float32, 1, 2, 1, 16, 8, causal=True, mask_prob=0.3)
 
 
-def outcome(call) -> str:
+def computed(contender: Contender, inputs: Inputs) -> Tensor:
+    """The contender's output."""
+    call = contender.prepare(inputs, SETTING)
+    assert not isinstance(call, str), call
+    return call()
+
+
+def outcome(call: Callable[[Inputs], Tensor]) -> str:
     """What becomes of a contender that computes `call(inputs)`."""
     entry = run.OPS["cosine_sim"]
     contender = Contender("it", lambda inputs, setting: lambda: call(inputs))
@@ -30,17 +39,17 @@ def outcome(call) -> str:
 def test_every_default_contender_is_right() -> None:
     entry = run.OPS["cosine_sim"]
     for contender in entry.contenders("cpu", everyone=False):
-        assert outcome(lambda inputs, one=contender: one.prepare(inputs, SETTING)()) == ""
+        assert outcome(partial(computed, contender)) == ""
 
 
 @pytest.mark.parametrize("factor", [1.001, torch.nan])
 def test_wrong_contender_is_not_timed(factor: float) -> None:
     right = run.OPS["cosine_sim"].ours
-    assert outcome(lambda inputs: factor * right.prepare(inputs, SETTING)()).startswith("wrong: ")
+    assert outcome(lambda inputs: factor * computed(right, inputs)).startswith("wrong: ")
 
 
 def test_out_of_memory_is_reported_as_such() -> None:
-    def call(inputs) -> Tensor:
+    def call(inputs: Inputs) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert outcome(call) == "out of memory"
