@@ -185,8 +185,7 @@ def _fold_relative_bias(op: str, relative_bias: Tensor, query: Tensor, num_keys:
     heads, num_queries = query.shape[1:3]
     law = "[H or 1, M+N-1]"
     check_rank(op, "relative_bias", relative_bias, (2,), law)
-    # No query or no key: no score, and an empty relative bias.
-    length = num_queries + num_keys - 1 if num_queries and num_keys else relative_bias.shape[1]
+    length = num_queries + num_keys - 1 if num_queries or num_keys else 0
     if relative_bias.shape[0] not in (1, heads) or relative_bias.shape[1] != length:
         expected = f"have shape {law}={(heads, length)}"
         raise fail(op, "relative_bias", expected, shape(relative_bias))
