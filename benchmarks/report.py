@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import Entry, Setting
 from benchmarks.measure import Times
@@ -128,7 +129,7 @@ def write_plots(folder: Path, op: str, entry: Entry, rows: list[Row]) -> list[Pa
     return paths
 
 
-def _plot_panel(axis, panel: list[Row], entry: Entry, which: str) -> None:  # type: ignore[no-untyped-def]
+def _plot_panel(axis: Any, panel: list[Row], entry: Entry, which: str) -> None:
     for index, first in enumerate(panel[0].times):
         points = [
             (row.setting.length, entry.flops(row.setting)[which] / row.times[index].fastest / 1e12)

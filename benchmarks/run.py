@@ -35,11 +35,11 @@ PRESETS = {
     },
     "cuda": {
         "device": "cuda",
-        "dtype": ["bfloat16", "float16", "float32"],
-        "batch": 4,
-        "heads": 16,
+        "dtype": ["bfloat16"],
+        "tokens": 16384,
+        "model_width": 2048,
         "head_dim": [64, 128],
-        "seq_lens": [1024, 4096, 8192],
+        "seq_lens": [1024, 4096, 16384],
         "causal": "both",
         "num_times": 20,
         "budget": 2.0,
@@ -55,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", nargs="+", default=["float32"])
     p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--tokens", type=int, help="batch times length, in place of --batch")
     p.add_argument("--heads", type=int, default=8)
+    p.add_argument("--model-width", type=int, help="heads times head width, in place of --heads")
     p.add_argument("--kv-heads", type=int, help="as many as --heads by default")
     p.add_argument("--seq-lens", type=int, nargs="+", default=[1024, 2048])
     p.add_argument("--head-dim", type=int, nargs="+", default=[64])
@@ -80,12 +82,13 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
     for dtype, width, is_causal, number, length in itertools.product(
         args.dtype, args.head_dim, causal, threads, args.seq_lens
     ):
+        heads = args.model_width // width if args.model_width else args.heads
         yield Setting(
             device=args.device,
             dtype=getattr(torch, dtype),
-            batch=args.batch,
-            heads=args.heads,
-            kv_heads=args.kv_heads or args.heads,
+            batch=max(1, args.tokens // length) if args.tokens else args.batch,
+            heads=heads,
+            kv_heads=args.kv_heads or heads,
             length=length,
             width=width,
             causal=is_causal,
