@@ -78,7 +78,7 @@ $(TORCH_STAMP): $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.tools: $(TORCH_STAMP)
-	$(PIP) install -c $(VENV)/constraints.txt "setuptools>=77" wheel ninja
+	$(PIP) install -c $(VENV)/constraints.txt "setuptools>=77"
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.tools $(BUILD_INPUTS)
