@@ -1,0 +1,138 @@
+// Vectors of the instruction set that this translation unit is compiled for (see isa_begin.h).
+// Everything is defined under the target pragma: functions that are only inlined into one would be
+// lowered to SSE, ten times slower.
+#pragma once
+
+namespace attn::ATTN_ISA {
+
+#define ATTN_INLINE inline __attribute__((always_inline))
+
+// Bits: the unsigned type as wide as T. round_magic: adding it leaves round(x) in the low bits.
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(ATTN_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(ATTN_VECTOR_BYTES)));
+  using Index = int32_t;
+  static constexpr int lanes = ATTN_VECTOR_BYTES / 4;
+  static constexpr int mantissa_bits = 23;
+  static constexpr float round_magic = 0x1.8p23f;
+  static constexpr float min_exponent = -126.0f;
+  // Minimax on [-1/2, 1/2] with 2^0 = 1 exactly, relative error 9e-8.
+  static constexpr int terms = 6;
+  static constexpr float exp2_coefficients[terms] = {
+      1.0f, 6.931469776e-1f, 2.402224209e-1f, 5.550733743e-2f, 9.671512643e-3f, 1.326472715e-3f};
+};
+
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(ATTN_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(ATTN_VECTOR_BYTES)));
+  using Index = int64_t;
+  static constexpr int lanes = ATTN_VECTOR_BYTES / 8;
+  static constexpr int mantissa_bits = 52;
+  static constexpr double round_magic = 0x1.8p52;
+  static constexpr double min_exponent = -1022.0;
+  // ln(2)^k / k!: the truncated series is exact to 4e-18 on [-1/2, 1/2].
+  static constexpr int terms = 14;
+  static constexpr double exp2_coefficients[terms] = {1.0,
+                                                      6.93147180559945309417e-1,
+                                                      2.40226506959100712334e-1,
+                                                      5.55041086648215799532e-2,
+                                                      9.61812910762847716198e-3,
+                                                      1.33335581464284434234e-3,
+                                                      1.54035303933816099544e-4,
+                                                      1.52527338040598402800e-5,
+                                                      1.32154867901443094884e-6,
+                                                      1.01780860092396997275e-7,
+                                                      7.05491162080112332987e-9,
+                                                      4.44553827187081150760e-10,
+                                                      2.56784359934882051420e-11,
+                                                      1.36914888539041288809e-12};
+};
+
+template <class T>
+using Vec = typename Simd<T>::V;
+template <class T>
+using IVec = typename Simd<T>::I;
+
+template <class T>
+ATTN_INLINE Vec<T> load(const T* source) {
+  Vec<T> v;
+  __builtin_memcpy(&v, source, sizeof(v));
+  return v;
+}
+
+template <class T>
+ATTN_INLINE void store(T* target, Vec<T> v) {
+  __builtin_memcpy(target, &v, sizeof(v));
+}
+
+template <class T>
+ATTN_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};  // gcc broadcasts from memory for this spelling
+}
+
+template <class T>
+ATTN_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+template <class T>
+ATTN_INLINE T horizontal_sum(Vec<T> v) {
+  T sum = 0;
+  for (int i = 0; i < Simd<T>::lanes; ++i) sum += v[i];
+  return sum;
+}
+
+template <class T>
+ATTN_INLINE T horizontal_max(Vec<T> v) {
+  T best = v[0];
+  for (int i = 1; i < Simd<T>::lanes; ++i) best = best > v[i] ? best : v[i];
+  return best;
+}
+
+template <class T>
+ATTN_INLINE IVec<T> lane_index() {
+  IVec<T> index{};
+  for (int i = 0; i < Simd<T>::lanes; ++i) index[i] = i;
+  return index;
+}
+
+// 2^(x - shift), where magic = round_magic - shift for an integer shift: the shift costs nothing,
+// it rides in the bits that become the exponent. x - shift must stay above min_exponent.
+template <class T>
+ATTN_INLINE Vec<T> exp2_shifted(Vec<T> x, Vec<T> magic) {
+  using S = Simd<T>;
+  const Vec<T> rounded = x + magic;
+  const Vec<T> fraction = x - (rounded - magic);
+  Vec<T> power = splat<T>(S::exp2_coefficients[S::terms - 1]);
+#pragma GCC unroll 16
+  for (int i = S::terms - 2; i >= 0; --i) {
+    power = power * fraction + splat<T>(S::exp2_coefficients[i]);
+  }
+  return (Vec<T>)((IVec<T>)power + ((IVec<T>)rounded << S::mantissa_bits));
+}
+
+// 2^x for x <= 0 (a little above is fine), exactly 0 where 2^x is not a normal number.
+template <class T>
+ATTN_INLINE Vec<T> exp2_flushed(Vec<T> x) {
+  const Vec<T> lowest = splat<T>(Simd<T>::min_exponent);
+  const Vec<T> power = exp2_shifted<T>(maximum<T>(x, lowest), splat<T>(Simd<T>::round_magic));
+  return x < lowest ? Vec<T>{} : power;
+}
+
+template <class T>
+ATTN_INLINE T dot(const T* a, const T* b, int64_t count) {
+  constexpr int lanes = Simd<T>::lanes;
+  Vec<T> sum{};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) sum += load(a + i) * load(b + i);
+  T tail = 0;
+  for (; i < count; ++i) tail += a[i] * b[i];
+  return horizontal_sum<T>(sum) + tail;
+}
+
+}  // namespace attn::ATTN_ISA

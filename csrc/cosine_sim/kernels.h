@@ -1,0 +1,34 @@
+// The kernels of one instruction set: cpu_<isa>.cpp defines ATTN_ISA_LEVEL and includes this.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+
+#include "cosine_sim/problem.h"
+
+#include "common/isa_begin.h"
+
+#include "common/simd.h"
+
+#include "common/convert.h"
+#include "common/tiles.h"
+
+#include "cosine_sim/pack.h"
+
+#include "cosine_sim/block.h"
+
+#include "cosine_sim/forward.h"
+
+#include "cosine_sim/partials.h"
+
+#include "cosine_sim/backward.h"
+
+#include "cosine_sim/backward_keys.h"
+
+namespace attn::cosine_sim::ATTN_ISA {
+
+constexpr Kernels kKernels{forward<float>, forward<double>, backward<float>, backward<double>};
+
+}  // namespace attn::cosine_sim::ATTN_ISA
+
+#include "common/isa_end.h"

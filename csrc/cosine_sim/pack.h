@@ -1,0 +1,186 @@
+// Normalised rows, and keys and values packed into the panels that the register tiles read.
+#pragma once
+
+namespace attn::cosine_sim::ATTN_ISA {
+
+using namespace attn::ATTN_ISA;
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kSmallestNorm = 1e-12;
+
+// 1 / max(|x|, 1e-12) of one slice; 0 for a zero slice, so that it normalises to zero.
+template <class T>
+ATTN_INLINE T inverse_norm(T squared_norm) {
+  if (squared_norm == 0) return 0;
+  const T norm = std::sqrt(squared_norm);
+  return 1 / (norm > T(kSmallestNorm) ? norm : T(kSmallestNorm));
+}
+
+template <class T>
+void normalize_row(T* row, int64_t width, int64_t groups) {
+  if (groups == 0) return;
+  const int64_t slice = width / groups;
+  for (int64_t g = 0; g < groups; ++g, row += slice) {
+    const T inverse = inverse_norm(dot(row, row, slice));
+    for (int64_t d = 0; d < slice; ++d) row[d] *= inverse;
+  }
+}
+
+// grad: gradient of the normalised row in, of the row itself out.
+template <class T>
+void normalize_row_backward(T* grad, const T* row, int64_t width, int64_t groups) {
+  if (groups == 0) return;
+  const int64_t slice = width / groups;
+  for (int64_t g = 0; g < groups; ++g, row += slice, grad += slice) {
+    const T squared_norm = dot(row, row, slice);
+    const T inverse = inverse_norm(squared_norm);
+    // Below the smallest norm the divisor is a constant: no projection.
+    const bool clamped = !(std::sqrt(squared_norm) > T(kSmallestNorm));
+    const T along = clamped ? T(0) : dot(row, grad, slice) * inverse * inverse;
+    for (int64_t d = 0; d < slice; ++d) grad[d] = inverse * (grad[d] - row[d] * along);
+  }
+}
+
+// A small parameter [rows, columns] of any strides as a contiguous array of the compute type; all
+// `absent` where the optional tensor is not given.
+template <class T>
+std::vector<T> read_parameter(const View& v, int64_t rows, int64_t columns, T absent) {
+  std::vector<T> values(rows * columns, absent);
+  if (!v) return values;
+  for (int64_t row = 0; row < rows; ++row) {
+    load_row(values.data() + row * columns, v, row * v.stride[0], v.stride[1], columns);
+  }
+  return values;
+}
+
+template <class T>
+struct Parameters {
+  std::vector<T> query_gain, key_gain;  // [H,D], [Hk,D], empty when absent
+  std::vector<T> scale;                 // [H]: scale * head_scale
+  std::vector<T> sink;                  // [H]: -inf when absent
+  std::vector<T> relative_bias;         // [H,M+N-1], empty when absent
+
+  explicit Parameters(const Problem& p)
+      : scale(read_parameter<T>(p.head_scale, p.H, 1, 1)),
+        sink(read_parameter<T>(p.sink, p.H, 1, -std::numeric_limits<T>::infinity())) {
+    if (p.query_gain) query_gain = read_parameter<T>(p.query_gain, p.H, p.D, 1);
+    if (p.key_gain) key_gain = read_parameter<T>(p.key_gain, p.Hk, p.D, 1);
+    if (p.relative_bias && p.M + p.N > 0) {
+      relative_bias = read_parameter<T>(p.relative_bias, p.H, p.M + p.N - 1, 0);
+    }
+    for (T& s : scale) s *= static_cast<T>(p.scale);
+  }
+};
+
+// Row (batch, head, position) of query, key, value or grad_out, padded with zeros to a panel.
+template <class T>
+ATTN_INLINE void load_padded(T* target, const View& v, int64_t batch, int64_t head,
+                             int64_t position, int64_t width) {
+  load_row(target, v, batch * v.stride[0] + head * v.stride[1] + position * v.stride[2],
+           v.stride[3], width);
+  for (int64_t d = width; d < round_up(width, kPanel<T>); ++d) target[d] = 0;
+}
+
+// Normalised (times gain, if any) row of query or key.
+template <class T>
+ATTN_INLINE void load_normalized(T* target, const View& v, int64_t batch, int64_t head,
+                                 int64_t position, const Problem& p, const std::vector<T>& gain) {
+  load_padded(target, v, batch, head, position, p.D);
+  normalize_row(target, p.D, p.groups);
+  if (gain.empty()) return;
+  const T* head_gain = gain.data() + head * p.D;
+  for (int64_t d = 0; d < p.D; ++d) target[d] *= head_gain[d];
+}
+
+// Keys and values of all heads. Columns: [padded / kPanel][width][kPanel], right operands of
+// products over the width. Rows: [width / kPanel][padded][kPanel], of products over the keys.
+template <class T>
+struct PackedKeys {
+  static constexpr int64_t kTask = 64;  // keys
+
+  const Problem& p;
+  int64_t padded;            // N up to a multiple of kPanel
+  int64_t tasks;             // per head
+  Scratch<T> key_columns;    // forward and backward
+  Scratch<T> key_rows;       // backward
+  Scratch<T> value_columns;  // backward
+  Scratch<T> value_rows;     // forward
+  Scratch<T> squared_norms;  // [B*Hk, tasks]: the largest |k|^2
+
+  PackedKeys(const Problem& problem, const Parameters<T>& parameters, bool backward)
+      : p(problem),
+        padded(round_up(p.N, kPanel<T>)),
+        tasks((p.N + kTask - 1) / kTask),
+        key_columns(heads() * padded * p.D),
+        key_rows(backward ? heads() * rows_size(p.D) : 0),
+        value_columns(backward ? heads() * padded * p.E : 0),
+        value_rows(backward ? 0 : heads() * rows_size(p.E)),
+        squared_norms(heads() * tasks) {
+    run_tasks(heads() * tasks, [&](TaskQueue& queue) {
+      Scratch<T> rows(kPanel<T> * kRowPitch);
+      for (int64_t i; (i = queue.next()) >= 0;) {
+        squared_norms.get()[i] =
+            pack_keys(i / tasks, i % tasks * kTask, rows.get(), parameters, backward);
+        pack_values(i / tasks, i % tasks * kTask, rows.get(), backward);
+      }
+    });
+  }
+
+  int64_t heads() const { return p.B * p.Hk; }
+  int64_t rows_size(int64_t width) const { return round_up(width, kPanel<T>) * padded; }
+
+  T largest_norm(int64_t head) const {
+    T largest = 0;
+    for (int64_t i = 0; i < tasks; ++i) {
+      const T squared = squared_norms.get()[head * tasks + i];
+      largest = squared > largest ? squared : largest;
+    }
+    return std::sqrt(largest);
+  }
+
+ private:
+  T pack_keys(int64_t head, int64_t begin, T* rows, const Parameters<T>& parameters,
+              bool backward) {
+    const int64_t end = std::min(begin + kTask, padded);
+    T largest = 0;
+    for (int64_t n = begin; n < end; n += kPanel<T>) {
+      for (int64_t r = 0; r < kPanel<T>; ++r) {
+        T* row = rows + r * kRowPitch;
+        if (n + r < p.N) {
+          load_normalized(row, p.key, head / p.Hk, head % p.Hk, n + r, p, parameters.key_gain);
+        } else {
+          std::fill(row, row + round_up(p.D, kPanel<T>), T(0));
+        }
+        const T squared = dot(row, row, p.D);
+        largest = squared > largest ? squared : largest;
+        if (backward) {
+          pack_row(key_rows.get() + head * rows_size(p.D) + (n + r) * kPanel<T>, row, p.D,
+                   padded * kPanel<T>);
+        }
+      }
+      pack_transposed(key_columns.get() + (head * padded + n) * p.D, rows, p.D);
+    }
+    return largest;
+  }
+
+  void pack_values(int64_t head, int64_t begin, T* rows, bool backward) {
+    const int64_t end = std::min(begin + kTask, padded);
+    for (int64_t n = begin; n < end; n += kPanel<T>) {
+      for (int64_t r = 0; r < kPanel<T>; ++r) {
+        T* row = rows + r * kRowPitch;
+        if (n + r < p.N) {
+          load_padded(row, p.value, head / p.Hk, head % p.Hk, n + r, p.E);
+        } else {
+          std::fill(row, row + round_up(p.E, kPanel<T>), T(0));
+        }
+        if (!backward) {
+          pack_row(value_rows.get() + head * rows_size(p.E) + (n + r) * kPanel<T>, row, p.E,
+                   padded * kPanel<T>);
+        }
+      }
+      if (backward) pack_transposed(value_columns.get() + (head * padded + n) * p.E, rows, p.E);
+    }
+  }
+};
+
+}  // namespace attn::cosine_sim::ATTN_ISA
