@@ -18,7 +18,7 @@ TOLERANCE = {
     torch.float16: 1e-2,
     torch.bfloat16: 4e-2,
 }
-SLOW = 8  # budgets that one round may take before its repetition is given up
+SLOW = 6  # budgets that one round may take before its repetition is given up
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -152,19 +152,25 @@ def measure(
         for times, _, seconds in ready:
             times.seconds.append(seconds)
         return results
-    take_turns([(times, run) for times, run, _ in ready], setting.device, num_times, budget)
+    warm_up = setting.device == "cuda" or in_one_round < budget / 4
+    turns = [(times, run) for times, run, _ in ready]
+    take_turns(turns, setting.device, num_times, budget, warm_up)
     return results
 
 
 def take_turns(
-    ready: list[tuple[Times, Callable[[], object]]], device: str, num_times: int, budget: float
+    ready: list[tuple[Times, Callable[[], object]]],
+    device: str,
+    num_times: int,
+    budget: float,
+    warm_up: bool,
 ) -> None:
-    """Rounds in which everybody runs once; the first one warms up and does not count."""
+    """Rounds in which everybody runs once; one that warms up does not count."""
     flush = None
     if device == "cuda":
         flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     start = time.perf_counter()
-    for turn in range(-1, num_times):
+    for turn in range(-1 if warm_up else 0, num_times):
         if turn >= 3 and time.perf_counter() - start > budget:
             break
         for times, run in ready:
