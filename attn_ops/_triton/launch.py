@@ -1,0 +1,49 @@
+"""Block sizes, warps and stages by width and dtype, and what else a launch needs from the host."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attn_ops._triton.tiles import padded
+
+
+class Launch(NamedTuple):
+    """A block of rows is kept while blocks of columns pass by."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    if device.type != "cuda":
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def choose(table: dict[int, dict[int, list[Launch]]], tensor: Tensor, *widths: int) -> Launch:
+    """The launch for a dtype and the widest head, by the shared memory of the device.
+
+    table[bytes per element][padded width, 64 or more] is [for 227 KB, for less].
+    """
+    entry = table[tensor.element_size()][max(64, *map(padded, widths))]
+    return entry[0 if shared_memory(tensor.device) >= 227 << 10 else 1]
+
+
+def dot_precision() -> str:
+    """What `tl.dot` does with float32: full products unless PyTorch was told otherwise."""
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    if chosen == "none":
+        chosen = torch.backends.fp32_precision
+    return "tf32" if chosen == "tf32" else "ieee"
+
+
+def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: Any) -> None:
+    """Runs `programs` programs, in one dimension of the grid: the others end at 65535."""
+    if programs:
+        kernel[(programs,)](*args, **constants, num_warps=sizes.warps, num_stages=sizes.stages)

@@ -1,0 +1,88 @@
+"""Reading and writing tiles of [B, H, rows, columns] tensors of any strides.
+
+Offsets are 64 bits wide. Rows past the end and columns past the width read as zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Strided(NamedTuple):
+    """A rank 4 tensor as kernels take it: the stride of a broadcast dimension is 0."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    row: Any
+    column: Any
+
+
+def strided(tensor: Tensor) -> Strided:
+    """The kernel argument for a tensor [B, H, rows, columns]."""
+    return Strided(tensor, *tensor.stride())
+
+
+def padded(width: int) -> int:
+    """The width of the tile that holds `width` columns: what `tl.dot` takes, a power of two."""
+    return max(16, triton.next_power_of_2(width))
+
+
+@triton.jit
+def row_pointers(view, batch, head, first_row, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    """Pointers [BLOCK, PADDED] to the rows from `first_row` on; batch and head are int64."""
+    # The offsets inside of the tile do not change in a loop over `first_row`: they stay apart.
+    rows = tl.arange(0, BLOCK).to(tl.int64)[:, None] * view.row
+    columns = tl.arange(0, PADDED).to(tl.int64)[None, :] * view.column
+    start = batch * view.batch + head * view.head + tl.cast(first_row, tl.int64) * view.row
+    return view.pointer + start + (rows + columns)
+
+
+@triton.jit
+def load_rows(
+    view, batch, head, first_row, num_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """The tile [BLOCK, PADDED]; `num_rows` is None where all of its rows exist."""
+    pointers = row_pointers(view, batch, head, first_row, BLOCK, PADDED)
+    if num_rows is None and WIDTH == PADDED:
+        return tl.load(pointers)
+    inside = tl.arange(0, PADDED)[None, :] < WIDTH
+    if num_rows is not None:
+        inside = inside & (first_row + tl.arange(0, BLOCK)[:, None] < num_rows)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    view, batch, head, first_row, num_rows, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    """Writes the part of the tile [BLOCK, PADDED] that exists, in the tensor's dtype."""
+    pointers = row_pointers(view, batch, head, first_row, BLOCK, PADDED)
+    inside = tl.arange(0, PADDED)[None, :] < WIDTH
+    inside = inside & (first_row + tl.arange(0, BLOCK)[:, None] < num_rows)
+    tl.store(pointers, tile.to(view.pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_pairs(view, batch, head, queries, keys, num_queries, num_keys):
+    """Entries of a [B, H, M, N] tensor at the pairs that `queries` and `keys` span.
+
+    One is a column and one a row vector, in either order: the tile comes out accordingly.
+    """
+    start = batch * view.batch + head * view.head
+    offsets = queries.to(tl.int64) * view.row + keys.to(tl.int64) * view.column
+    inside = (queries < num_queries) & (keys < num_keys)
+    return tl.load(view.pointer + start + offsets, mask=inside, other=0)
+
+
+@triton.jit
+def load_per_row(pointer, row_of_matrix, first_row, num_rows, OTHER: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] of a contiguous [matrices, num_rows] tensor, OTHER past the end."""
+    rows = first_row + tl.arange(0, BLOCK)
+    return tl.load(pointer + row_of_matrix * num_rows + rows, mask=rows < num_rows, other=OTHER)
