@@ -1,0 +1,27 @@
+"""Results and every gradient, in every dtype, against the formula in float64."""
+
+import pytest
+import torch
+
+from tests import strategies
+from tests.conformance.evaluate import DTYPES, assert_agrees
+from tests.conformance.spec import OpSpec, given_case
+from tests.strategies import Case
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_named_case_agrees_with_the_formula(
+    spec: OpSpec, named: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    assert_agrees(spec, spec.cases[named], dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_drawn_case_agrees_with_the_formula(
+    spec: OpSpec, dtype: torch.dtype, device: torch.device
+) -> None:
+    @given_case(lambda spec: strategies.cases(spec.options), max_examples=60)
+    def check(spec: OpSpec, device: torch.device, case: Case) -> None:
+        assert_agrees(spec, case, dtype, device)
+
+    check(spec, device)

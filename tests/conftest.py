@@ -1,0 +1,38 @@
+"""What all tests share: the device they run on, and how hard hypothesis searches.
+
+ATTN_OPS_TEST_DEVICE=cuda runs the suite on a GPU, and fails where there is none.
+"""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+DEVICE = os.environ.get("ATTN_OPS_TEST_DEVICE", "cpu")
+
+hypothesis.settings.register_profile(
+    "attn_ops",
+    deadline=None,  # the first call of a kernel compiles
+    max_examples=int(os.environ.get("ATTN_OPS_TEST_EXAMPLES", "25")),
+    derandomize="CI" in os.environ,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("attn_ops")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if torch.device(DEVICE).type == "cuda" and not torch.cuda.is_available():
+        pytest.exit(f"ATTN_OPS_TEST_DEVICE={DEVICE}, but torch sees no GPU here", returncode=1)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler_and_seed() -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()

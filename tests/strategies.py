@@ -1,0 +1,182 @@
+"""Legal arguments of the signature that all softmax-like ops share: a description, its tensors, and
+hypothesis strategies that draw descriptions.
+
+A description is small and prints well, so a counterexample becomes an `@example` as it is.
+Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D, E widths.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+PATTERNS = ("1111", "BHMN", "B1MN", "1HMN", "11MN", "B11N", "BHM1", "1H1N")
+STRIDES = ("contiguous", "transposed", "expanded")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one call. Patterns name the dimensions of a tensor, 1 where it is broadcast."""
+
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 2
+    queries: int = 5
+    keys: int = 7
+    width: int = 8
+    value_width: int = 6
+    layout: str = "BHMD"  # or "BND": one key/value head without a dimension; or "merged"
+    strides: str = "contiguous"
+    mask: str | None = None  # "BN" or a pattern
+    bias: str | None = None  # "HMN" or a pattern
+    bias_hides: bool = False  # some entries of the bias are -inf
+    relative_bias: str | None = None  # "H" or "1"
+    causal: bool = False
+    window: int | None = None
+    sequences: tuple[tuple[int, int], ...] | None = None  # packed: (queries, keys) of each
+    offsets: torch.dtype = torch.int32
+    sink: bool = False
+    wide_parameters: bool = True  # bias and parameters in the compute dtype, not in query's
+    options: dict[str, Any] = field(default_factory=dict)  # of the op itself
+    seed: int = 0
+
+    def but(self, **changes: Any) -> "Case":
+        options = self.options | changes.pop("options", {})
+        return replace(self, options=options, **changes)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Maker:
+    """Draws the tensors of a case, the same ones for every dtype and device."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
+        self.case, self.dtype, self.device = case, dtype, device
+        self.generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(self, *sizes: int, strides: str = "contiguous") -> Tensor:
+        """Normal numbers that float16 and bfloat16 both hold, laid out with these strides."""
+        if strides == "expanded":  # one row for all rows, as out.sum() gives its gradient
+            x = self.normal(*sizes[:-2], 1, sizes[-1])
+            return x.expand(sizes)
+        if strides == "transposed" and len(sizes) > 2:
+            x = self.normal(*sizes[:-3], sizes[-2], sizes[-3], sizes[-1])
+            return x.transpose(-2, -3)
+        x = torch.randn(sizes, generator=self.generator, dtype=torch.float64)
+        x = x.to(torch.bfloat16).to(torch.float16)
+        return x.to(device=self.device, dtype=self.dtype)
+
+    def parameter(self, *sizes: int) -> Tensor:
+        x = self.normal(*sizes)
+        return x.to(compute_dtype(self.dtype)) if self.case.wide_parameters else x
+
+    def chance(self, *sizes: int, p: float) -> Tensor:
+        return (torch.rand(sizes, generator=self.generator) < p).to(self.device)
+
+
+def sizes_of(case: Case, pattern: str) -> list[int]:
+    batch, heads = (case.batch, case.heads)
+    full = {"B": batch, "H": heads, "M": case.queries, "N": case.keys, "1": 1}
+    return [full[letter] for letter in pattern]
+
+
+def build(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Any], Maker]:
+    """The shared arguments, and the maker for the op's own."""
+    make = Maker(case, dtype, device)
+    key_sizes: tuple[int, ...] = (case.batch, case.kv_heads, case.keys)
+    query_sizes: tuple[int, ...] = (case.batch, case.heads, case.queries)
+    if case.layout == "merged":
+        assert case.heads == case.kv_heads == 1
+        query_sizes, key_sizes = (case.batch, case.queries), (case.batch, case.keys)
+    elif case.layout == "BND":
+        assert case.kv_heads == 1
+        key_sizes = (case.batch, case.keys)
+    args: dict[str, Any] = {
+        "query": make.normal(*query_sizes, case.width, strides=case.strides),
+        "key": make.normal(*key_sizes, case.width, strides=case.strides),
+        "value": make.normal(*key_sizes, case.value_width, strides=case.strides),
+    }
+    if case.mask is not None:
+        args["mask"] = make.chance(*sizes_of(case, case.mask), p=0.7)
+    if case.bias is not None:
+        pattern = "BMN" if (case.bias, case.layout) == ("HMN", "merged") else case.bias
+        bias = make.parameter(*sizes_of(case, pattern))
+        if case.bias_hides:
+            bias = bias.masked_fill(make.chance(*bias.shape, p=0.3), -torch.inf)
+        args["bias"] = bias
+    if case.relative_bias is not None:
+        heads = case.heads if case.relative_bias == "H" else 1
+        length = case.queries + case.keys - 1
+        args["relative_bias"] = make.parameter(heads, max(length, 0))
+    if case.sink:
+        args["sink"] = make.parameter(case.heads)
+    if case.causal:
+        args["causal"] = True
+    if case.window is not None:
+        args["window"] = case.window
+    if case.sequences is not None:
+        for i, name in enumerate(("cu_seqlens_q", "cu_seqlens_k")):
+            lengths = torch.tensor([0] + [pair[i] for pair in case.sequences])
+            args[name] = lengths.cumsum(0).to(device=device, dtype=case.offsets)
+    return args, make
+
+
+@st.composite
+def packed(draw: st.DrawFn, case: Case) -> Case:
+    """The same case with sequences packed into one batch, perhaps with tokens left over."""
+    equal = case.relative_bias is not None
+    pairs = []
+    for _ in range(draw(st.integers(1, 4))):
+        queries = draw(st.integers(0, 5))
+        pairs.append((queries, queries if equal else draw(st.integers(0, 5))))
+    left_over = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    queries, keys = (sum(pair[i] for pair in pairs) + left_over[i] for i in (0, 1))
+    return case.but(
+        batch=1,
+        queries=queries,
+        keys=queries if equal else keys,
+        sequences=tuple(pairs),
+        offsets=draw(st.sampled_from((torch.int32, torch.int64))),
+    )
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    options: st.SearchStrategy[dict[str, Any]] | None = None,
+    smallest: int = 0,
+    largest: int = 12,
+) -> Case:
+    """Legal calls. smallest, largest: of B, M and N; options: the op's own arguments."""
+    own = draw(options) if options is not None else {}
+    layout = draw(st.sampled_from(("BHMD", "BHMD", "BND", "merged")))
+    kv_heads = 1 if layout != "BHMD" else draw(st.integers(1, 2))
+    heads = 1 if layout == "merged" else kv_heads * draw(st.integers(1, 3))
+    causal = draw(st.booleans())
+    groups = own.get("groups", 1)
+    case = Case(
+        batch=draw(st.integers(smallest, 2)),
+        heads=heads,
+        kv_heads=kv_heads,
+        queries=draw(st.integers(smallest, largest)),
+        keys=draw(st.integers(smallest, largest)),
+        width=groups * draw(st.integers(1, 5)),
+        value_width=draw(st.integers(1, 9)),
+        layout=layout,
+        strides=draw(st.sampled_from(STRIDES)),
+        mask=draw(st.sampled_from((None, None, "BN", *PATTERNS))),
+        bias=draw(st.sampled_from((None, None, "HMN", *PATTERNS))),
+        bias_hides=draw(st.booleans()),
+        relative_bias=draw(st.sampled_from((None, None, "H", "1"))),
+        causal=causal,
+        window=draw(st.integers(1, largest)) if causal and draw(st.booleans()) else None,
+        sink=draw(st.booleans()),
+        wide_parameters=draw(st.booleans()),
+        options=own,
+        seed=draw(st.integers(0, 99)),
+    )
+    return draw(packed(case)) if draw(st.integers(0, 3)) == 0 else case
