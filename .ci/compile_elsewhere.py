@@ -1,0 +1,45 @@
+"""Compile csrc for what this machine is not: NVIDIA GPUs, arm64, another compiler.
+
+Each is tried where its compiler is installed (nvcc, aarch64-linux-gnu-g++, clang++). Nothing is
+linked or run: LibTorch's stable ABI lets the sources compile against the headers of any torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from torch.utils.cpp_extension import include_paths
+
+COMMON = ["-Icsrc", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+COMMON += [flag for path in include_paths() for flag in ("-isystem", path)]
+COMMON += ["-O1", "-c", "-o", "/dev/null"]
+GPUS = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ("80", "90a")]
+
+# compiler, files, flags
+TARGETS = (
+    ("nvcc", "*.cu", ["-std=c++20", "-DUSE_CUDA", *GPUS]),
+    ("aarch64-linux-gnu-g++", "*.cpp", ["-std=c++17"]),
+    ("clang++", "*.cpp", ["-std=c++17", "-Wno-bitwise-conditional-parentheses"]),
+)
+
+
+def main() -> int:
+    """Return 1 if a source does not compile."""
+    failed = False
+    for compiler, files, flags in TARGETS:
+        sources = sorted(Path("csrc").rglob(files))
+        if not sources or shutil.which(compiler) is None:
+            reason = "not installed" if sources else f"no {files} in csrc"
+            print(f"{compiler}: {reason}, nothing compiled")
+            continue
+        print(f"{compiler}: {len(sources)} files", flush=True)
+        for source in sources:
+            failed |= subprocess.run([compiler, *flags, *COMMON, source]).returncode != 0
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
