@@ -19,6 +19,9 @@ class Launch(NamedTuple):
     stages: int
 
 
+Table = dict[int, dict[int, list[Launch]]]
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use."""
     if device.type != "cuda":
@@ -26,13 +29,14 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def choose(table: dict[int, dict[int, list[Launch]]], tensor: Tensor, *widths: int) -> Launch:
-    """The launch for a dtype and the widest head, by the shared memory of the device.
+def choose(table: Table, tensor: Tensor, *widths: int, plain: bool) -> Launch:
+    """The launch for a dtype and the widest head.
 
-    table[bytes per element][padded width, 64 or more] is [for 227 KB, for less].
+    table[bytes per element][padded width, 64 or more] is a pair: for devices with 227 KB of shared
+    memory as long as scores are `plain` products, and for everything else.
     """
-    entry = table[tensor.element_size()][max(64, *map(padded, widths))]
-    return entry[0 if shared_memory(tensor.device) >= 227 << 10 else 1]
+    large, small = table[tensor.element_size()][max(64, *map(padded, widths))]
+    return large if plain and shared_memory(tensor.device) >= 227 << 10 else small
 
 
 def dot_precision() -> str:

@@ -18,12 +18,18 @@ import triton
 from torch import Tensor
 
 from attn_ops._triton.bias import PairTerms
-from attn_ops._triton.launch import Launch, choose, dot_precision, launch
+from attn_ops._triton.launch import Launch, Table, choose, dot_precision, launch
 from attn_ops._triton.softmax import LOG2_E
 from attn_ops._triton.tiles import padded, strided
 from attn_ops._triton.visibility import Band, keys_seen, queries_seeing
 from attn_ops.cosine_sim import triton_backward, triton_bias, triton_forward, triton_normalize
-from attn_ops.cosine_sim.launches import BIAS, FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, Table
+from attn_ops.cosine_sim.triton_launches import (
+    FORWARD,
+    GRAD_BIAS,
+    GRAD_KEY_VALUE,
+    GRAD_QUERY,
+    GRAD_RELATIVE_BIAS,
+)
 
 _BITS_PER_NAT = LOG2_E.value
 # Elements of a tile of the kernels that only read and write.
@@ -59,7 +65,9 @@ class _Core:
         return self.constants | {rows: sizes.rows, columns: sizes.columns}
 
     def sizes(self, table: Table) -> Launch:
-        return choose(table, self.query, self.query.shape[3], self.value.shape[3])
+        widths = self.query.shape[3], self.value.shape[3]
+        plain = all(term is None for term in self.scoring.terms)
+        return choose(table, self.query, *widths, plain=plain)
 
 
 def _normalized(x: Tensor, gain: Tensor | None, groups: int) -> Tensor:
@@ -243,7 +251,7 @@ def _head_shares(head_scale: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
 
 def _grad_bias(core: _Core, rows: _Rows, band: Band, bias: Tensor) -> Tensor:
     grad = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    sizes = core.sizes(BIAS)
+    sizes = core.sizes(GRAD_BIAS)
     full = (*core.query.shape[:3], core.key.shape[2])
     tile = (1, 1, sizes.rows, sizes.columns)
     # In each dimension programs own the tiles, or each of them sums over all.
@@ -261,7 +269,7 @@ def _grad_bias(core: _Core, rows: _Rows, band: Band, bias: Tensor) -> Tensor:
 def _grad_relative_bias(core: _Core, rows: _Rows, band: Band, relative_bias: Tensor) -> Tensor:
     heads, diagonals = relative_bias.shape
     grad = relative_bias.new_empty(heads, diagonals)
-    sizes = core.sizes(BIAS)
+    sizes = core.sizes(GRAD_RELATIVE_BIAS)
     launch(
         triton_bias.grad_relative_bias_kernel, heads * triton.cdiv(diagonals, sizes.columns), sizes,
         *core.operands(), *rows.operands(), grad, core.query.shape[0], core.scoring, band,
