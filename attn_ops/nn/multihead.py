@@ -1,0 +1,168 @@
+"""Multi-head attention as a module, over any attention function.
+
+B batch, M queries, N keys, H query heads, Hk key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_ops import cosine_sim_attention
+
+
+class MultiheadAttention(nn.Module):
+    """Projections around an attention function, for self-attention and cross-attention.
+
+    ``out_proj(attention(q_proj(x), k_proj(context), v_proj(context)))``, without dropout.
+
+    Args:
+        dim: width of the input and of the output.
+        heads: number of query heads H.
+        kv_heads: number of key/value heads Hk, a divisor of ``heads``; ``heads`` by default.
+        attention: called as ``attention(query, key, value, **options)`` with ``[B, H, M, D]``,
+            ``[B, Hk, N, D]``, ``[B, Hk, N, D]``, returns ``[B, H, M, D]``. Options that never
+            change are given once: ``functools.partial(cosine_sim_attention, groups=4)``.
+            ``F.scaled_dot_product_attention`` fits as well (``enable_gqa=True`` for grouped heads).
+        head_dim: width D of a head; ``dim // heads`` by default.
+        context_dim: width of the context; ``dim`` by default.
+        bias: whether the four projections have a bias.
+        learned_scale: where a learnable scale per head starts, passed to ``attention`` as
+            ``scale`` of shape ``[H]``. None: the attention's own default, nothing learned.
+        rotary_base: rotary position embedding of queries and keys with this base (10000, say).
+            None: no positions. Self-attention only.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a width or a number of heads that does not divide, or is below 1.
+
+    Source: Vaswani et al., https://arxiv.org/abs/1706.03762; grouped heads: Ainslie et al.,
+    https://arxiv.org/abs/2305.13245
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int | None = None,
+        attention: Callable[..., Tensor] = cosine_sim_attention,
+        *,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        bias: bool = False,
+        learned_scale: float | None = None,
+        rotary_base: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        _check_heads(dim, heads, kv_heads, head_dim, rotary_base)
+        head_dim = dim // heads if head_dim is None else head_dim
+        context_dim = dim if context_dim is None else context_dim
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.attention = attention
+        self.rotary_base = rotary_base
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias, device, dtype)
+        self.k_proj = nn.Linear(context_dim, kv_heads * head_dim, bias, device, dtype)
+        self.v_proj = nn.Linear(context_dim, kv_heads * head_dim, bias, device, dtype)
+        self.out_proj = nn.Linear(heads * head_dim, dim, bias, device, dtype)
+        self.learned_scale = (
+            None
+            if learned_scale is None
+            else nn.Parameter(torch.full((heads,), learned_scale, device=device, dtype=dtype))
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None, **options: Any) -> Tensor:
+        """Attend from ``x`` to ``context``, or to ``x`` itself.
+
+        Args:
+            x: ``[B, M, dim]``.
+            context: ``[B, N, context_dim]``; None: self-attention.
+            options: passed to the attention (``mask=…``, ``causal=True``, ``window=…``).
+
+        Returns:
+            ``[B, M, dim]``.
+
+        Raises:
+            ValueError: a rank or a width that does not fit, or a context where ``rotary_base``
+                is set. The attention raises for what it does not accept itself.
+        """
+        source = x if context is None else context
+        self._check_inputs(x, source)
+        query = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        key = self.k_proj(source).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        value = self.v_proj(source).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        if self.rotary_base is not None:
+            query, key = rotary(query, self.rotary_base), rotary(key, self.rotary_base)
+        if self.learned_scale is not None:
+            options["scale"] = self.learned_scale
+        out = self.attention(query, key, value, **options)  # [B, H, M, D]
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _check_inputs(self, x: Tensor, source: Tensor) -> None:
+        if self.rotary_base is not None and source is not x:
+            raise ValueError(
+                "MultiheadAttention: context must be None with rotary_base (queries and keys "
+                f"would need common positions), got {tuple(source.shape)}"
+            )
+        for name, tensor, proj in (("x", x, self.q_proj), ("context", source, self.k_proj)):
+            if tensor.dim() != 3 or tensor.shape[-1] != proj.in_features:
+                raise ValueError(
+                    f"MultiheadAttention: {name} must be [batch, length, {proj.in_features}], "
+                    f"got {tuple(tensor.shape)}"
+                )
+
+    def extra_repr(self) -> str:
+        attention = getattr(self.attention, "func", self.attention)  # inside a partial
+        name = getattr(attention, "__name__", repr(attention))
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, attention={name}"
+
+
+def rotary(x: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary position embedding: the pair ``(x[d], x[d + D/2])`` turned by ``m * base**(-2d/D)``.
+
+    The product of two rotated vectors depends on their distance, not on their positions. A
+    rotation keeps lengths: normalising after it equals normalising before it.
+
+    Args:
+        x: ``[..., M, D]``, D even; the position ``m`` is the index along ``M``.
+        base: the wavelengths go from ``2*pi`` to ``2*pi*base`` tokens.
+
+    Returns:
+        The shape and dtype of ``x``; the angles are float32 whatever the dtype.
+
+    Source: Su et al., https://arxiv.org/abs/2104.09864
+    """
+    half = x.shape[-1] // 2
+    position = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
+    frequency = torch.arange(half, device=x.device, dtype=torch.float32)
+    frequency = torch.exp2(frequency * (-math.log2(base) / half))
+    angle = position[:, None] * frequency  # [M, D/2]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _check_heads(
+    dim: int, heads: int, kv_heads: int, head_dim: int | None, rotary_base: float | None
+) -> None:
+    op = "MultiheadAttention"
+    for name, count in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads)):
+        if count < 1:
+            raise ValueError(f"{op}: {name} must be at least 1, got {count}")
+    if heads % kv_heads:
+        raise ValueError(f"{op}: kv_heads must divide heads={heads}, got {kv_heads}")
+    if head_dim is None and dim % heads:
+        raise ValueError(
+            f"{op}: heads must divide dim={dim} where head_dim is not given, got {heads}"
+        )
+    if head_dim is not None and head_dim < 1:
+        raise ValueError(f"{op}: head_dim must be at least 1, got {head_dim}")
+    width = dim // heads if head_dim is None else head_dim
+    if rotary_base is not None and width % 2:
+        raise ValueError(f"{op}: rotary_base needs an even head width, got {width}")
