@@ -6,6 +6,7 @@
 namespace attn::ATTN_ISA {
 
 #define ATTN_INLINE inline __attribute__((always_inline))
+#define ATTN_INLINE_LAMBDA __attribute__((always_inline))
 
 // Bits: the unsigned type as wide as T. round_magic: adding it leaves round(x) in the low bits.
 template <class T>

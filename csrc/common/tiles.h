@@ -37,17 +37,6 @@ ATTN_INLINE void clear(Tile<T>& tile) {
 }
 
 template <class T>
-ATTN_INLINE void load_tile(Tile<T>& tile, const T* source) {
-#pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
-      tile.at[r][v] = load(source + r * kPanel<T> + v * Simd<T>::lanes);
-    }
-  }
-}
-
-template <class T>
 ATTN_INLINE void store_tile(T* target, const Tile<T>& tile, int64_t pitch = kPanel<T>) {
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
@@ -73,6 +62,34 @@ ATTN_INLINE void multiply_add(Tile<T>& tile, const T* left, const T* panel, int6
     }
     left += DepthStep;
     panel += kPanel<T>;
+  }
+}
+
+// epilogue(tile) for the tile left * panel, left being rows at kRowPitch. A function of its own:
+// gcc then keeps the whole tile in registers.
+template <class T, class Epilogue>
+__attribute__((noinline)) void multiply(const T* left, const T* panel, int64_t depth,
+                                        const Epilogue& epilogue) {
+  Tile<T> tile;
+  clear(tile);
+  multiply_add<kRowPitch, 1>(tile, left, panel, depth);
+  epilogue(tile);
+}
+
+// target += left * panel. A function of its own, sums from zero and added at the end: gcc then
+// keeps the whole tile in registers.
+template <int RowStep, int DepthStep, class T>
+__attribute__((noinline)) void accumulate(T* target, const T* left, const T* panel, int64_t depth) {
+  Tile<T> tile;
+  clear(tile);
+  multiply_add<RowStep, DepthStep>(tile, left, panel, depth);
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      T* row = target + r * kPanel<T> + v * Simd<T>::lanes;
+      store<T>(row, load(row) + tile.at[r][v]);
+    }
   }
 }
 

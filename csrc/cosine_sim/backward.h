@@ -124,29 +124,34 @@ class Backward {
     for (int64_t n = keys.first; n < keys.last; n += kPanel<T>) {
       const T* panel = keys_.key_columns.get() + (q.kv_head * keys_.padded + n) * p_.D;
       for (int64_t tile = 0; tile < q.tiles; ++tile) {
+        const T* left = query_.get() + tile * kTileRows * kRowPitch;
         T* target = weights_.get() + tile * kTileRows * kRowPitch + n - keys.first;
-        Tile<T> scores;
-        clear(scores);
         if (n + kPanel<T> <= q.tile_begin(tile) || q.tile_end(tile) <= n) {
-          store_tile(target, scores, kRowPitch);
-          continue;
-        }
-        multiply_add<kRowPitch, 1>(scores, query_.get() + tile * kTileRows * kRowPitch, panel,
-                                   p_.D);
-        if (p_.has_extras()) {
-          store_tile(target, scores, kRowPitch);
+          zero_tile(target);
+        } else if (p_.has_extras()) {
+          multiply(left, panel, p_.D, [=](const Tile<T>& scores) ATTN_INLINE_LAMBDA {
+            store_tile(target, scores, kRowPitch);
+          });
         } else {
-          store_weights(target, scores, tile);
+          multiply(left, panel, p_.D, [=](const Tile<T>& scores) ATTN_INLINE_LAMBDA {
+            store_weights(target, scores, lse_ + tile * kTileRows);
+          });
         }
       }
     }
     finish_weights(q, keys);
   }
 
-  ATTN_INLINE void store_weights(T* target, const Tile<T>& scores, int64_t tile) {
+  static ATTN_INLINE void zero_tile(T* target) {
+    Tile<T> tile;
+    clear(tile);
+    store_tile(target, tile, kRowPitch);
+  }
+
+  static ATTN_INLINE void store_weights(T* target, const Tile<T>& scores, const T* row_lse) {
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
-      const Vec<T> lse = splat<T>(lse_[tile * kTileRows + r]);
+      const Vec<T> lse = splat<T>(row_lse[r]);
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
         store<T>(target + r * kRowPitch + v * Simd<T>::lanes,
@@ -187,24 +192,30 @@ class Backward {
       const T* panel = keys_.value_columns.get() + (q.kv_head * keys_.padded + n) * p_.E;
       for (int64_t tile = 0; tile < q.tiles; ++tile) {
         const int64_t offset = tile * kTileRows * kRowPitch + n - keys.first;
-        Tile<T> grad_weights;
-        clear(grad_weights);
+        T* target = grad_scores_.get() + offset;
         if (n + kPanel<T> <= q.tile_begin(tile) || q.tile_end(tile) <= n) {
-          store_tile(grad_scores_.get() + offset, grad_weights, kRowPitch);
+          zero_tile(target);
           continue;
         }
-        multiply_add<kRowPitch, 1>(grad_weights, grad_out_.get() + tile * kTileRows * kRowPitch,
-                                   panel, p_.E);
+        const T* weights = weights_.get() + offset;
+        const T* delta = delta_ + tile * kTileRows;
+        multiply(grad_out_.get() + tile * kTileRows * kRowPitch, panel, p_.E,
+                 [=](const Tile<T>& grad_weights) ATTN_INLINE_LAMBDA {
+                   store_grad_scores(target, weights, grad_weights, delta);
+                 });
+      }
+    }
+  }
+
+  static ATTN_INLINE void store_grad_scores(T* target, const T* weights,
+                                            const Tile<T>& grad_weights, const T* row_delta) {
 #pragma GCC unroll 16
-        for (int r = 0; r < kTileRows; ++r) {
-          const Vec<T> delta = splat<T>(delta_[tile * kTileRows + r]);
+    for (int r = 0; r < kTileRows; ++r) {
+      const Vec<T> delta = splat<T>(row_delta[r]);
 #pragma GCC unroll 4
-          for (int v = 0; v < kTileVectors; ++v) {
-            const int64_t at = offset + r * kRowPitch + v * Simd<T>::lanes;
-            store<T>(grad_scores_.get() + at,
-                     load(weights_.get() + at) * (grad_weights.at[r][v] - delta));
-          }
-        }
+      for (int v = 0; v < kTileVectors; ++v) {
+        const int64_t at = r * kRowPitch + v * Simd<T>::lanes;
+        store<T>(target + at, load(weights + at) * (grad_weights.at[r][v] - delta));
       }
     }
   }
@@ -231,12 +242,9 @@ class Backward {
       const T* left = scores + first * kTileRows * kRowPitch + n - keys.first;
       for (int64_t panel = 0; panel < num_panels; ++panel) {
         T* target = sum + (panel * partials_.key_rows + n) * kPanel<T>;
-        Tile<T> tile;
-        load_tile(tile, target);
-        multiply_add<1, kRowPitch>(tile, left,
-                                   panels + (panel * kQueryBlock + first * kTileRows) * kPanel<T>,
-                                   (last - first) * kTileRows);
-        store_tile(target, tile);
+        accumulate<1, kRowPitch>(target, left,
+                                 panels + (panel * kQueryBlock + first * kTileRows) * kPanel<T>,
+                                 (last - first) * kTileRows);
       }
     }
   }
@@ -248,13 +256,9 @@ class Backward {
       const T* right = rows + (panel * keys_.padded + keys.first) * kPanel<T>;
       for (int64_t tile = 0; tile < q.tiles; ++tile) {
         const Interval panels = keys.panels(q, tile);
-        T* target = sum_.get() + (tile * panels_d_ + panel) * kTileSize<T>;
-        Tile<T> sum;
-        load_tile(sum, target);
-        multiply_add<kRowPitch, 1>(sum,
-                                   grad_scores_.get() + tile * kTileRows * kRowPitch + panels.begin,
-                                   right + panels.begin * kPanel<T>, panels.end - panels.begin);
-        store_tile(target, sum);
+        accumulate<kRowPitch, 1>(sum_.get() + (tile * panels_d_ + panel) * kTileSize<T>,
+                                 grad_scores_.get() + tile * kTileRows * kRowPitch + panels.begin,
+                                 right + panels.begin * kPanel<T>, panels.end - panels.begin);
       }
     }
   }

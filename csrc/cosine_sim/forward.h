@@ -68,17 +68,20 @@ class Forward {
       const T* panel = keys_.key_columns.get() + (q.kv_head * keys_.padded + n) * p_.D;
       for (int64_t tile = 0; tile < q.tiles; ++tile) {
         if (n + kPanel<T> <= q.tile_begin(tile) || q.tile_end(tile) <= n) continue;
-        Tile<T> scores;
-        clear(scores);
-        multiply_add<kRowPitch, 1>(scores, query_.get() + tile * kTileRows * kRowPitch, panel,
-                                   p_.D);
+        const T* left = query_.get() + tile * kTileRows * kRowPitch;
         T* target = weights_.get() + tile * kTileRows * kRowPitch + n - keys.first;
         if (!bounded_) {
-          store_tile(target, scores, kRowPitch);
+          multiply(left, panel, p_.D, [=](const Tile<T>& scores) ATTN_INLINE_LAMBDA {
+            store_tile(target, scores, kRowPitch);
+          });
         } else if (q.tile_is_full(tile, n, kPanel<T>)) {
-          store_weights<false>(target, scores, q, tile, n);
+          multiply(left, panel, p_.D, [&](const Tile<T>& scores) ATTN_INLINE_LAMBDA {
+            store_weights<false>(target, scores, q, tile, n);
+          });
         } else {
-          store_weights<true>(target, scores, q, tile, n);
+          multiply(left, panel, p_.D, [&](const Tile<T>& scores) ATTN_INLINE_LAMBDA {
+            store_weights<true>(target, scores, q, tile, n);
+          });
         }
       }
     }
@@ -177,13 +180,9 @@ class Forward {
       const T* right = values + (panel * keys_.padded + keys.first) * kPanel<T>;
       for (int64_t tile = 0; tile < q.tiles; ++tile) {
         const Interval panels = keys.panels(q, tile);
-        T* target = out_row(tile * kTileRows, panel);
-        Tile<T> out;
-        load_tile(out, target);
-        multiply_add<kRowPitch, 1>(out,
-                                   weights_.get() + tile * kTileRows * kRowPitch + panels.begin,
-                                   right + panels.begin * kPanel<T>, panels.end - panels.begin);
-        store_tile(target, out);
+        accumulate<kRowPitch, 1>(out_row(tile * kTileRows, panel),
+                                 weights_.get() + tile * kTileRows * kRowPitch + panels.begin,
+                                 right + panels.begin * kPanel<T>, panels.end - panels.begin);
       }
     }
   }
