@@ -23,7 +23,7 @@ class Rounding:
 
     dtype: of query, key and value.
     score: the largest |score|, which a relative error of the weights is proportional to.
-    magnitudes: for each result the largest sum of absolute values of its terms.
+    magnitudes: for each result the largest root of the sum of its squared terms.
     """
 
     dtype: torch.dtype
@@ -36,8 +36,9 @@ class Rounding:
         of_sums = ACCUMULATED * torch.finfo(compute_dtype(self.dtype)).eps * (1 + self.score)
         if self.dtype == compute_dtype(self.dtype):
             of_inputs = 0.0
-        size = self.magnitudes[name] + (1 if name == "lse" else 0)
-        return (of_inputs + of_sums) * size
+        if name == "lse":  # a logarithm: a relative error of its sum is an absolute one
+            return of_inputs + of_sums * (1 + self.magnitudes[name])
+        return (of_inputs + of_sums) * self.magnitudes[name]
 
 
 def largest_error(actual: Tensor, truth: Tensor) -> float:
@@ -69,13 +70,15 @@ def assert_close(
     )
 
 
-def assert_same(name: str, actual: Tensor, expected: Tensor, roundings: float = 1 << 12) -> None:
-    """Two computations of one number in one dtype agree up to so many roundings of the largest."""
+def assert_same(name: str, actual: Tensor, expected: Tensor) -> None:
+    """Two computations of one number in one dtype agree, up to roundings of numbers of about 1."""
     assert actual.shape == expected.shape, f"{name}: {actual.shape}, expected {expected.shape}"
     assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
     expected = expected.detach().to(torch.float64)
     finite = expected[expected.isfinite()].abs()
     size = finite.max().item() if finite.numel() else 0.0
-    tolerance = roundings * torch.finfo(actual.dtype).eps * max(size, 1e-3)
+    # Derivatives of the third order lose four digits of sixteen; float32 is seen only in few steps.
+    roundings = 1 << 14 if actual.dtype == torch.float64 else 1 << 8
+    tolerance = roundings * torch.finfo(actual.dtype).eps * max(size, 1)
     error = largest_error(actual, expected)
     assert error <= tolerance, f"{name} is off by {error:.3g}, tolerance {tolerance:.3g}"

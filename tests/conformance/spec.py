@@ -21,7 +21,7 @@ Arguments = dict[str, Any]
 class OpSpec:
     """One op.
 
-    name: of the room and of the public op `attn::name`; the private ops are `_name_fwd`, `_name_bwd`.
+    name: of the room and the public op `attn::name`; the private ops are `_name_fwd`, `_name_bwd`.
     function: the Python function; with_lse: the public op that returns (out, lse).
     formula: (out, lse) from the public arguments, dense, in any dtype, differentiable by PyTorch.
     magnitudes: (arguments, grad_out, grad_lse) -> what rounding acts on (see comparison.py).
@@ -75,7 +75,7 @@ def all_specs() -> list[OpSpec]:
 def given_case(
     strategy: Callable[[OpSpec], st.SearchStrategy[Case]], **settings: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Runs a test of (spec, device, case) on cases drawn for its op, found counterexamples first."""
+    """Runs a test of (spec, device, case) on drawn cases, found counterexamples first."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         def run(spec: OpSpec, device: torch.device) -> None:

@@ -110,16 +110,16 @@ def formula(**arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def prepared(args: dict[str, Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """|x̂| before its gain, |gain| and 1/|x|, all broadcastable to x."""
+    """Squares: of x̂ before its gain, of the gain and of 1/|x|, all broadcastable to x."""
     x, gain = args[name], args.get(f"{name}_gain")
-    gain = x.new_ones(1) if gain is None else torch.atleast_2d(gain).abs()[:, None, :]
+    gain = x.new_ones(1) if gain is None else torch.atleast_2d(gain)[:, None, :]
     if not args.get("normalize", True):
-        return x.abs(), gain, torch.ones_like(x)
+        return x.square(), gain.square(), torch.ones_like(x)
     groups = args.get("groups", 1)
     slices = x.unflatten(-1, (groups, -1))
     norm = slices.norm(dim=-1, keepdim=True)
     inverse = torch.where(norm > 0, 1 / norm.clamp_min(1e-12), 0)
-    return unit(x, groups).abs(), gain, inverse.expand_as(slices).flatten(-2)
+    return unit(x, groups).square(), gain.square(), inverse.square().expand_as(slices).flatten(-2)
 
 
 @torch.no_grad()
@@ -128,19 +128,20 @@ def magnitudes(
 ) -> tuple[float, dict[str, float]]:
     """How large the numbers are that rounding acts on, of float64 arguments.
 
-    Returns the largest |scale * q̂·k̂|, and for each result the largest sum of the absolute values
-    of its terms: a gradient may be far smaller than the terms that it is the difference of.
+    Returns the largest |scale * q̂·k̂|, and for each result the largest root of the sum of its
+    squared terms: a gradient may be far smaller than the terms that it is the difference of, while
+    their roundings add up like independent numbers. Below, every number is the square of such one.
     """
     args = rank4(arguments)
     batch, heads, m, n = (*args["query"].shape[:3], args["key"].shape[2])
     kv_heads = args["key"].shape[1]
     lse = formula(**arguments)[1].reshape(batch, heads, m)
     finite = torch.where(lse.isinf(), 0, lse)
-    weight = (biased(args) - finite.unsqueeze(-1)).exp()  # [B, H, M, N]
-    value = args["value"].abs().repeat_interleave(heads // kv_heads, dim=1)
-    grad_out = grad_out.abs().reshape(batch, heads, m, value.shape[-1])
+    weight = (2 * (biased(args) - finite.unsqueeze(-1))).exp()  # [B, H, M, N]
+    value = args["value"].square().repeat_interleave(heads // kv_heads, dim=1)
+    grad_out = grad_out.square().reshape(batch, heads, m, value.shape[-1])
     grad_weight = grad_out @ value.mT
-    delta = (weight * grad_weight).sum(-1) + grad_lse.abs().reshape(batch, heads, m)
+    delta = (weight * grad_weight).sum(-1) + grad_lse.square().reshape(batch, heads, m)
     grad_score = weight * (grad_weight + delta.unsqueeze(-1))
 
     def grouped(x: Tensor) -> Tensor:
@@ -148,8 +149,8 @@ def magnitudes(
 
     (q, q_gain, q_inverse), (k, k_gain, k_inverse) = prepared(args, "query"), prepared(args, "key")
     per_head = args.get("head_scale")
-    per_head = q.new_ones(1, 1, 1) if per_head is None else per_head.abs()[:, None, None]
-    scale = abs(args.get("scale", 8.0))
+    per_head = q.new_ones(1, 1, 1) if per_head is None else per_head.square()[:, None, None]
+    scale = args.get("scale", 8.0) ** 2
     raw_u = grad_score @ (k * k_gain).repeat_interleave(heads // kv_heads, dim=1)
     u = scale * per_head * raw_u
     w = grouped((scale * per_head * grad_score).mT @ (q * q_gain))
@@ -160,7 +161,7 @@ def magnitudes(
     bias = args.get("bias")
     terms = {
         "out": weight @ value,
-        "lse": finite.abs(),
+        "lse": finite.square(),
         "query": u * q_gain * q_inverse,
         "key": w * k_gain * k_inverse,
         "value": grouped(weight.mT @ grad_out),
@@ -171,6 +172,6 @@ def magnitudes(
         "key_gain": (w * k).sum((0, 1, 2)),
         "sink": delta.sum((0, 2)),
     }
-    largest = {name: x.max().item() if x.numel() else 0.0 for name, x in terms.items()}
+    largest = {name: x.max().sqrt().item() if x.numel() else 0.0 for name, x in terms.items()}
     score = scores(args).abs()
     return score.max().item() if score.numel() else 0.0, largest

@@ -1,0 +1,143 @@
+"""Derivatives in both modes and of both orders, against finite differences, in float64."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tests import strategies
+from tests.comparison import assert_same
+from tests.conformance.spec import OpSpec, given_case
+from tests.strategies import Case
+
+
+def small(spec: OpSpec) -> st.SearchStrategy[Case]:
+    return strategies.cases(spec.options, smallest=1, largest=4)
+
+
+def as_function(spec: OpSpec, case: Case, device: torch.device, function: object = None):
+    """The op as a function of its differentiable arguments alone, finite, and those arguments."""
+    arguments = spec.build(case, torch.float64, device)
+    leaves = spec.floating(arguments)
+
+    def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        op = spec.with_lse if function is None else function
+        out, lse = op(**(arguments | dict(zip(leaves, tensors))))
+        return out, torch.where(lse.isinf(), 0, lse)  # no finite difference of infinities
+
+    return call, tuple(x.detach().contiguous().requires_grad_() for x in leaves.values())
+
+
+def test_gradcheck_forward_and_reverse_mode(spec: OpSpec, device: torch.device) -> None:
+    @given_case(small, max_examples=25)
+    def check(spec: OpSpec, device: torch.device, case: Case) -> None:
+        function, leaves = as_function(spec, case, device)
+        torch.autograd.gradcheck(
+            function, leaves, fast_mode=True, check_forward_ad=True, check_undefined_grad=False
+        )
+
+    check(spec, device)
+
+
+def test_gradgradcheck(spec: OpSpec, device: torch.device) -> None:
+    @given_case(small, max_examples=12)
+    def check(spec: OpSpec, device: torch.device, case: Case) -> None:
+        function, leaves = as_function(spec, case, device)
+        torch.autograd.gradgradcheck(
+            function, leaves, fast_mode=True, check_fwd_over_rev=True, check_undefined_grad=False
+        )
+
+    check(spec, device)
+
+
+def test_every_entry_of_the_jacobian_of_everything(spec: OpSpec, device: torch.device) -> None:
+    """Not the fast mode of gradcheck, and undefined and batched gradients too."""
+    case = spec.cases["everything"].but(batch=1, queries=2, keys=3, width=4, value_width=2)
+    function, leaves = as_function(spec, case, device)
+    torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
+
+
+def test_forward_mode_agrees_with_the_formula(spec: OpSpec, device: torch.device) -> None:
+    @given_case(lambda spec: strategies.cases(spec.options, largest=8))
+    def check(spec: OpSpec, device: torch.device, case: Case) -> None:
+        function, leaves = as_function(spec, case, device)
+        formula, _ = as_function(spec, case, device, spec.formula)
+        # The tangent of an infinite bias is that of a constant.
+        tangents = tuple(torch.where(x.isinf(), 0, torch.randn_like(x)) for x in leaves)
+        actual = torch.func.jvp(function, leaves, tangents)
+        expected = torch.func.jvp(formula, leaves, tangents)
+        for name, a, e in zip(("out", "lse"), actual[1], expected[1]):
+            assert_same(f"tangent of {name}", a, e)
+        for name, a, e in zip(("out", "lse"), actual[0], expected[0]):
+            assert_same(name, a, e)
+
+    check(spec, device)
+
+
+def test_dual_numbers_carry_tangents(spec: OpSpec, device: torch.device) -> None:
+    """`torch.autograd.forward_ad` itself, one argument at a time: no tangent is lost."""
+    function, leaves = as_function(spec, spec.cases["everything"], device)
+    formula, _ = as_function(spec, spec.cases["everything"], device, spec.formula)
+
+    def tangent_of(result: Tensor) -> Tensor:
+        tangent = forward_ad.unpack_dual(result).tangent
+        return torch.zeros_like(result) if tangent is None else tangent
+
+    for i in range(len(leaves)):
+        tangent = torch.randn_like(leaves[i])
+        results = []
+        for f in (function, formula):
+            with forward_ad.dual_level():
+                inputs = [x.detach() for x in leaves]
+                inputs[i] = forward_ad.make_dual(inputs[i], tangent)
+                results.append([tangent_of(y) for y in f(*inputs)])
+        assert results[1][0].abs().max() > 0
+        for actual, expected in zip(*results):
+            assert_same(f"tangent of argument {i}", actual, expected)
+
+
+def test_forward_over_reverse_by_dual_numbers(spec: OpSpec, device: torch.device) -> None:
+    """A Hessian-vector product: the tangent of a gradient."""
+    results = []
+    for op in (spec.with_lse, spec.formula):
+        function, leaves = as_function(spec, spec.cases["everything"], device, op)
+        generator = torch.Generator().manual_seed(3)
+        tangents = [
+            torch.randn(x.shape, generator=generator, dtype=x.dtype).to(device) for x in leaves
+        ]
+        with forward_ad.dual_level():
+            inputs = [forward_ad.make_dual(x, t) for x, t in zip(leaves, tangents)]
+            out, lse = function(*inputs)
+            grads = torch.autograd.grad((out.sin().sum() + lse.square().sum()), inputs)
+            results.append([forward_ad.unpack_dual(grad).tangent for grad in grads])
+    for i, (actual, expected) in enumerate(zip(*results)):
+        assert expected.abs().max() > 0
+        assert_same(f"tangent of gradient {i}", actual, expected)
+
+
+def test_gradient_of_lse_alone_and_of_out_alone(spec: OpSpec, device: torch.device) -> None:
+    """A result that nobody differentiates has no gradient: the formula is fed none."""
+    for index in (0, 1):
+        grads = []
+        for op in (spec.with_lse, spec.formula):
+            function, leaves = as_function(spec, spec.cases["everything"], device, op)
+            result = function(*leaves)[index]
+            grads.append(torch.autograd.grad(result.sin().sum(), leaves, materialize_grads=True))
+        for i, (actual, expected) in enumerate(zip(*grads)):
+            assert_same(f"gradient {i} of result {index}", actual, expected)
+
+
+def test_finite_differences_find_a_wrong_gradient() -> None:
+    """The check itself can fail."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.01
+
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert not torch.autograd.gradcheck(Wrong.apply, x, raise_exception=False)

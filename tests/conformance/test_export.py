@@ -1,0 +1,95 @@
+"""`torch.export`, strict and not, with dynamic batch size and lengths."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.comparison import assert_same
+from tests.conformance.spec import OpSpec
+from tests.strategies import Case
+
+CASES = ("plain", "key mask and broadcast bias", "everything", "packed, causal, window")
+# Sizes that differ from each other and from every other size, so that no two are taken for one.
+SIZES = {"batch": 3, "queries": 11, "keys": 14}
+OTHER_SIZES = {"batch": 5, "queries": 37, "keys": 22}
+
+
+class Attention(nn.Module):
+    """The op with everything that is not a tensor fixed."""
+
+    def __init__(self, spec: OpSpec, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.op, self.options = spec.with_lse, options
+
+    def forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.op(**tensors, **self.options)
+
+
+def arguments_of(
+    spec: OpSpec, case: Case, sizes: dict[str, int], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if case.sequences is not None:
+        case = case.but(sequences=((4, 4), (2, 3), (5, 6)), **(sizes | {"batch": 1}))
+    else:
+        case = case.but(**sizes)
+    arguments = spec.build(case, torch.float32, device)
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+    return tensors, {name: x for name, x in arguments.items() if name not in tensors}
+
+
+def dynamic_shapes(tensors: dict[str, Tensor]) -> dict[str, dict[int, Any]]:
+    """Every dimension of size B, M, N or M+N-1; export raises if one of them turns out fixed."""
+    dynamic = {*SIZES.values(), SIZES["queries"] + SIZES["keys"] - 1}
+    return {
+        name: {i: torch.export.Dim.DYNAMIC for i, size in enumerate(x.shape) if size in dynamic}
+        for name, x in tensors.items()
+    }
+
+
+def export(
+    spec: OpSpec, case: Case, strict: bool, device: torch.device
+) -> torch.export.ExportedProgram:
+    tensors, options = arguments_of(spec, case, SIZES, device)
+    shapes = (dynamic_shapes(tensors),)
+    return torch.export.export(
+        Attention(spec, options), (tensors,), dynamic_shapes=shapes, strict=strict
+    )
+
+
+def op_nodes(program: torch.export.ExportedProgram) -> list[str]:
+    nodes = program.graph.nodes
+    return [str(n.target) for n in nodes if n.op == "call_function" and "attn" in str(n.target)]
+
+
+@pytest.mark.parametrize("strict", (True, False), ids=("strict", "not strict"))
+@pytest.mark.parametrize("case", CASES)
+def test_exported_program_runs_at_other_lengths(
+    spec: OpSpec, case: str, strict: bool, device: torch.device
+) -> None:
+    program = export(spec, spec.cases[case], strict, device)
+    tensors, options = arguments_of(spec, spec.cases[case], OTHER_SIZES, device)
+    expected = spec.with_lse(**tensors, **options)
+    for exported in (program, program.run_decompositions()):
+        for name, actual, wanted in zip(("out", "lse"), exported.module()(tensors), expected):
+            assert_same(name, actual, wanted)
+
+
+@pytest.mark.parametrize("strict", (True, False), ids=("strict", "not strict"))
+def test_exported_graph_keeps_the_public_op_and_decomposes_to_the_private_one(
+    spec: OpSpec, strict: bool, device: torch.device
+) -> None:
+    program = export(spec, spec.cases["everything"], strict, device)
+    assert op_nodes(program) == [f"attn.{spec.name}_with_lse.default"]
+    assert op_nodes(program.run_decompositions()) == [f"attn._{spec.name}_fwd.default"]
+
+
+def test_exported_program_survives_being_saved(
+    spec: OpSpec, tmp_path: Any, device: torch.device
+) -> None:
+    program = export(spec, spec.cases["everything"], False, device)
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2")
+    tensors, options = arguments_of(spec, spec.cases["everything"], OTHER_SIZES, device)
+    assert_same("out", loaded.module()(tensors)[0], spec.with_lse(**tensors, **options)[0])
