@@ -32,7 +32,7 @@ def load_diagonals(view, head, queries, keys, num_queries, num_keys):
 
 @triton.jit
 def add_pair_terms(score, terms, batch, head, queries, keys, num_queries, num_keys):
-    """score + bias + relative_bias, -inf where the mask hides; biases are in nats, so the score has to be."""
+    """score + bias + relative_bias, -inf where the mask hides; with a bias the score is in nats."""
     if terms.bias is not None:
         bias = load_pairs(terms.bias, batch, head, queries, keys, num_queries, num_keys)
         score += bias.to(tl.float32)

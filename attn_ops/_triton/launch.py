@@ -26,7 +26,7 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use."""
     if device.type != "cuda":
         return 227 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def choose(table: Table, tensor: Tensor, *widths: int, plain: bool) -> Launch:
@@ -43,7 +43,7 @@ def dot_precision() -> str:
     """What `tl.dot` does with float32: full products unless PyTorch was told otherwise."""
     chosen = torch.backends.cuda.matmul.fp32_precision
     if chosen == "none":
-        chosen = torch.backends.fp32_precision
+        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if chosen == "tf32" else "ieee"
 
 

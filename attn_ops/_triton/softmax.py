@@ -25,7 +25,7 @@ def running_maximum_step(score, maximum, BITS: tl.constexpr):
 
 @triton.jit
 def log_sum(total, shift, BITS: tl.constexpr):
-    """lse [R] in nats of rows with the sum `total` of weights relative to `shift`, -inf if empty."""
+    """lse [R] in nats, of sums of weights that are relative to `shift`; -inf where nothing was."""
     lse = shift * (BITS * LN_2) + tl.log2(tl.where(total == 0.0, 1.0, total)) * LN_2
     return tl.where(total == 0.0, float("-inf"), lse)
 

@@ -82,7 +82,9 @@ def load_pairs(view, batch, head, queries, keys, num_queries, num_keys):
 
 
 @triton.jit
-def load_per_row(pointer, row_of_matrix, first_row, num_rows, OTHER: tl.constexpr, BLOCK: tl.constexpr):
+def load_per_row(
+    pointer, row_of_matrix, first_row, num_rows, OTHER: tl.constexpr, BLOCK: tl.constexpr
+):
     """[BLOCK] of a contiguous [matrices, num_rows] tensor, OTHER past the end."""
     rows = first_row + tl.arange(0, BLOCK)
     return tl.load(pointer + row_of_matrix * num_rows + rows, mask=rows < num_rows, other=OTHER)

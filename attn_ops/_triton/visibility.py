@@ -46,7 +46,12 @@ def _clamped(num_queries: int, num_keys: int, left: int, right: int) -> tuple[in
 
 
 def keys_seen(
-    num_queries: int, num_keys: int, left: int, right: int, start: Tensor | None, stop: Tensor | None
+    num_queries: int,
+    num_keys: int,
+    left: int,
+    right: int,
+    start: Tensor | None,
+    stop: Tensor | None,
 ) -> Band:
     """Rows are queries: query m, at p = m + N - M, sees [p - left, p + right] and [start, stop)."""
     left, right = _clamped(num_queries, num_keys, left, right)
@@ -54,7 +59,12 @@ def keys_seen(
 
 
 def queries_seeing(
-    num_queries: int, num_keys: int, left: int, right: int, start: Tensor | None, stop: Tensor | None
+    num_queries: int,
+    num_keys: int,
+    left: int,
+    right: int,
+    start: Tensor | None,
+    stop: Tensor | None,
 ) -> Band:
     """Rows are keys: the same pairs, seen from the other side."""
     left, right = _clamped(num_queries, num_keys, left, right)
@@ -72,7 +82,7 @@ def queries_seeing(
 
 @triton.jit
 def interval(band, batch, rows, num_rows, num_columns):
-    """first, past: the columns [first, past) that each row sees. Rows past the end copy the last."""
+    """first, past: a row sees columns [first, past). Rows past the end copy the last one."""
     rows = tl.minimum(rows, num_rows - 1)
     first = tl.maximum(rows + (band.offset - band.left), 0)
     past = tl.minimum(rows + (band.offset + band.right + 1), num_columns)

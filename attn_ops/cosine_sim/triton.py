@@ -2,7 +2,7 @@
 
 Imported at the first CUDA launch. Queries and keys are normalised once (triton_normalize.py), the
 core works on unit vectors in the input's dtype (triton_forward.py, triton_backward.py,
-triton_bias.py), and the gradients go back through the norm. `scale` stays out of the 16-bit operands.
+triton_bias.py), and the gradients go back through the norm. `scale` stays out of 16-bit operands.
 
 Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width,
 E value width. Arguments are those of the private ops (see ops.py).
@@ -11,18 +11,17 @@ E value width. Arguments are those of the private ops (see ops.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from attn_ops._triton.bias import PairTerms
-from attn_ops._triton.launch import Launch, Table, choose, dot_precision, launch
-from attn_ops._triton.softmax import LOG2_E
-from attn_ops._triton.tiles import padded, strided
-from attn_ops._triton.visibility import Band, keys_seen, queries_seeing
+from attn_ops._triton.launch import launch
+from attn_ops._triton.tiles import strided
+from attn_ops._triton.visibility import Band
 from attn_ops.cosine_sim import triton_backward, triton_bias, triton_forward, triton_normalize
+from attn_ops.cosine_sim.triton_core import Core, Inputs, contiguous, fixed_shift, prepare, stream
 from attn_ops.cosine_sim.triton_launches import (
     FORWARD,
     GRAD_BIAS,
@@ -31,132 +30,55 @@ from attn_ops.cosine_sim.triton_launches import (
     GRAD_RELATIVE_BIAS,
 )
 
-_BITS_PER_NAT = LOG2_E.value
-# Elements of a tile of the kernels that only read and write.
-_STREAM = 4096
+# What the private backward returns, in order.
+GRADS = "query key value bias relative_bias head_scale query_gain key_gain sink".split()
 
 
-class Scoring(NamedTuple):
-    """How kernels get from q̂·k̂ to a score: factor * head_scale[h] * q̂·k̂, then the pair terms."""
-
-    factor: Any
-    head_scale: Any
-    terms: PairTerms
-    num_heads: Any
-    heads_per_group: Any
-    num_queries: Any
-    num_keys: Any
-
-
-@dataclass
-class _Core:
-    """What the core kernels of one call share."""
-
-    query: Tensor  # as it enters the dot product [B, H, M, D]
-    key: Tensor
-    value: Tensor
-    scoring: Scoring
-    constants: dict[str, Any]
-
-    def operands(self) -> tuple[Any, ...]:
-        return strided(self.query), strided(self.key), strided(self.value)
-
-    def tiles(self, sizes: Launch, rows: str, columns: str) -> dict[str, Any]:
-        return self.constants | {rows: sizes.rows, columns: sizes.columns}
-
-    def sizes(self, table: Table) -> Launch:
-        widths = self.query.shape[3], self.value.shape[3]
-        plain = all(term is None for term in self.scoring.terms)
-        return choose(table, self.query, *widths, plain=plain)
-
-
-def _normalized(x: Tensor, gain: Tensor | None, groups: int) -> Tensor:
-    """x [B, H, M, D] as it enters the dot product."""
-    if not groups:
-        return x
-    batch, heads, rows, width = x.shape
-    unit = x.new_empty(x.shape)
-    columns = triton.next_power_of_2(width // groups)
-    sizes = Launch(_STREAM // columns, columns, 4, 1)
-    launch(
-        triton_normalize.normalize_kernel, batch * heads * triton.cdiv(rows * groups, sizes.rows),
-        sizes, strided(x), gain, unit, rows, heads, groups,
-        WIDTH=width // groups, ROWS=sizes.rows, PADDED=columns,
-    )  # fmt: skip
-    return unit
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _core(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
-    relative_bias: Tensor | None, head_scale: Tensor | None, query_gain: Tensor | None,
-    key_gain: Tensor | None, scale: float, groups: int,
-) -> _Core:  # fmt: skip
-    batch, heads, num_queries, width = query.shape
-    num_keys = key.shape[2]
-    query = _normalized(query, _contiguous(query_gain), groups)
-    key = _normalized(key, _contiguous(key_gain), groups)
-    pairs = (batch, heads, num_queries, num_keys)
-    terms = PairTerms(
-        None if bias is None else strided(bias.expand(pairs)),
-        None if relative_bias is None else strided(relative_bias[None, :, None]),
-        None if mask is None else strided(mask.expand(pairs)),
-    )
-    bits = 1.0 if bias is None and relative_bias is None else _BITS_PER_NAT
-    factor = scale * (_BITS_PER_NAT / bits)
-    scoring = Scoring(
-        factor, _contiguous(head_scale), terms, heads, heads // key.shape[1], num_queries, num_keys
-    )
-    constants = {
-        "D": width, "E": value.shape[3], "BD": padded(width), "BE": padded(value.shape[3]),
-        "BITS": bits, "PRECISION": dot_precision(),
-    }  # fmt: skip
-    return _Core(query, key, value, scoring, constants)
-
-
-def _fixed_shift(core: _Core, unit: bool, scale: float, groups: int) -> float | None:
-    """What to subtract from scores, in bits, where their bound |scale| * groups is close enough.
-
-    Weights then lie between exp(-2 |scale| groups) and 1, and have to be normal numbers as operands
-    of the product with the values. float16 gets another 14 bits from the other end of its range.
-    """
-    bound = abs(scale) * groups * _BITS_PER_NAT
-    head_room, range_ = (14, 28) if core.query.dtype == torch.float16 else (0, 120)
-    known = unit and core.scoring.head_scale is None and core.constants["BITS"] == 1.0
-    return bound - head_room if known and 2 * bound <= range_ else None
-
-
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None,
-    relative_bias: Tensor | None, head_scale: Tensor | None, query_gain: Tensor | None,
-    key_gain: Tensor | None, sink: Tensor | None, start: Tensor | None, stop: Tensor | None,
-    left: int, right: int, scale: float, groups: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """`attn::_cosine_sim_fwd`: out [B, H, M, E] and lse [B, H, M] float32."""
-    batch, heads, num_queries, _ = query.shape
-    out = query.new_empty(batch, heads, num_queries, value.shape[3])
-    lse = query.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    with torch.cuda.device_of(query):
-        core = _core(
-            query, key, value, mask, bias, relative_bias, head_scale, query_gain, key_gain, scale,
-            groups,
-        )  # fmt: skip
-        unit = groups > 0 and query_gain is None and key_gain is None
-        band = keys_seen(num_queries, key.shape[2], left, right, start, stop)
+    inputs = Inputs(*args)
+    batch, heads, num_queries, _ = inputs.query.shape
+    out = inputs.query.new_empty(batch, heads, num_queries, inputs.value.shape[3])
+    lse = inputs.query.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    with torch.cuda.device_of(inputs.query):
+        core = prepare(inputs)
         sizes = core.sizes(FORWARD)
         launch(
             triton_forward.forward_kernel, batch * heads * triton.cdiv(num_queries, sizes.rows),
-            sizes, *core.operands(), strided(out), lse, _contiguous(sink), core.scoring, band,
-            _fixed_shift(core, unit, scale, groups), **core.tiles(sizes, "BM", "BN"),
+            sizes, *core.operands(), strided(out), lse, contiguous(inputs.sink), core.scoring,
+            inputs.keys_seen(), fixed_shift(inputs),
+            **core.constants, BM=sizes.rows, BN=sizes.columns,
         )  # fmt: skip
     return out, lse
 
 
+def backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    """`attn::_cosine_sim_bwd`: nine gradients, of size [0] where the output mask says no."""
+    inputs = Inputs(*args[:12], *args[14:18])
+    out, lse, output_mask = args[12], args[13], args[18]
+    wanted = {name for name, wants in zip(GRADS, output_mask) if wants}
+    with torch.cuda.device_of(inputs.query):
+        core = prepare(inputs)
+        rows = Rows(grad_out, lse.contiguous(), _delta(out, grad_out, grad_lse))
+        grads: dict[str, Tensor | None] = {}
+        if wanted & {"query", "query_gain", "head_scale"}:
+            grads |= _query_side(inputs, core, rows, wanted)
+        if wanted & {"key", "key_gain", "value"}:
+            grads |= _key_side(inputs, core, rows, wanted)
+        if "bias" in wanted and inputs.bias is not None:
+            grads["bias"] = _grad_bias(core, rows, inputs.keys_seen(), inputs.bias)
+        if "relative_bias" in wanted and inputs.relative_bias is not None:
+            grads["relative_bias"] = _grad_relative_bias(core, rows, inputs.keys_seen())
+        if "sink" in wanted and inputs.sink is not None:
+            # lse is at least the sink, so these weights are at most 1.
+            weights = torch.exp(inputs.sink[:, None] - rows.lse)
+            grads["sink"] = -(weights * rows.delta).sum((0, 2))
+    results = [grads.get(name) if name in wanted else None for name in GRADS]
+    return tuple(inputs.query.new_empty(0) if x is None else x for x in results)
+
+
 @dataclass
-class _Rows:
+class Rows:
     """What the backward kernels read per query."""
 
     grad_out: Tensor
@@ -170,7 +92,7 @@ class _Rows:
 def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     batch, heads, num_queries, width = out.shape
     delta = out.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    sizes = Launch(_STREAM // padded(width), padded(width), 4, 1)
+    sizes = stream(width)
     launch(
         triton_backward.delta_kernel, batch * heads * triton.cdiv(num_queries, sizes.rows), sizes,
         strided(out), strided(grad_out),
@@ -180,156 +102,127 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     return delta
 
 
-def _grad_target(x: Tensor, raw: bool) -> Tensor:
-    """Where the core writes: the gradient itself, or what `_through_norm` starts from."""
-    return torch.empty(x.shape, dtype=torch.float32 if raw else x.dtype, device=x.device)
+def _target(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def _grad_query(core: _Core, rows: _Rows, band: Band, query: Tensor, raw: bool, scale: float) -> Tensor:
-    grad = _grad_target(query, raw)
+def _direct(inputs: Inputs) -> bool:
+    """Whether the core's gradients of queries and keys are final: one factor, and no norm."""
+    return not inputs.groups and inputs.head_scale is None
+
+
+def _query_side(
+    inputs: Inputs, core: Core, rows: Rows, wanted: set[str]
+) -> dict[str, Tensor | None]:
+    """Gradients of query, query_gain and head_scale."""
+    query, direct = inputs.query, _direct(inputs)
+    grad = _target(query, query.dtype if direct else torch.float32)
     sizes = core.sizes(GRAD_QUERY)
     batch, heads, num_queries, _ = query.shape
     launch(
         triton_backward.grad_query_kernel, batch * heads * triton.cdiv(num_queries, sizes.rows),
-        sizes, *core.operands(), *rows.operands(), strided(grad), 1.0 if raw else scale,
-        core.scoring, band, **core.tiles(sizes, "BM", "BN"),
+        sizes, *core.operands(), *rows.operands(), strided(grad), inputs.scale if direct else 1.0,
+        core.scoring, inputs.keys_seen(), **core.constants, BM=sizes.rows, BN=sizes.columns,
     )  # fmt: skip
-    return grad
+    if direct:
+        return {"query": grad}
+    asks = tuple(name in wanted for name in ("query", "query_gain", "head_scale"))
+    grad_query, grad_gain, grad_scale = _through_norm(
+        grad, query, inputs.query_gain, inputs.head_scale, inputs.scale, inputs.groups, *asks
+    )
+    return {"query": grad_query, "query_gain": grad_gain, "head_scale": grad_scale}
 
 
-def _grad_key_value(
-    core: _Core, rows: _Rows, band: Band, key: Tensor | None, value: Tensor | None,
-    head_share: Tensor | None, raw: bool, scale: float,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of `key` and `value`; None where they are None."""
-    grad_key = None if key is None else _grad_target(key, raw)
-    grad_value = None if value is None else _grad_target(value, False)
-    batch, kv_heads, num_keys, _ = core.key.shape
+def _key_side(inputs: Inputs, core: Core, rows: Rows, wanted: set[str]) -> dict[str, Tensor | None]:
+    """Gradients of key, key_gain and value."""
+    key, value, direct = inputs.key, inputs.value, _direct(inputs)
+    share, largest = _head_shares(inputs.head_scale, key.shape[1])
+    grad = grad_value = None
+    if wanted & {"key", "key_gain"}:
+        grad = _target(key, key.dtype if direct else torch.float32)
+    if "value" in wanted:
+        grad_value = _target(value, value.dtype)
     sizes = core.sizes(GRAD_KEY_VALUE)
+    batch, kv_heads, num_keys, _ = key.shape
     launch(
         triton_backward.grad_key_value_kernel, batch * kv_heads * triton.cdiv(num_keys, sizes.rows),
         sizes, *core.operands(), *rows.operands(),
-        None if grad_key is None else strided(grad_key),
+        None if grad is None else strided(grad),
         None if grad_value is None else strided(grad_value),
-        1.0 if raw else scale, head_share, core.scoring, band, **core.tiles(sizes, "BN", "BM"),
+        inputs.scale if direct else 1.0, share, core.scoring, inputs.queries_seeing(),
+        **core.constants, BN=sizes.rows, BM=sizes.columns,
     )  # fmt: skip
-    return grad_key, grad_value
+    if grad is None or direct:
+        return {"key": grad, "value": grad_value}
+    asks = ("key" in wanted, "key_gain" in wanted, False)
+    grad_key, grad_gain, _ = _through_norm(
+        grad, key, inputs.key_gain, largest, inputs.scale, inputs.groups, *asks
+    )
+    return {"key": grad_key, "key_gain": grad_gain, "value": grad_value}
 
 
-def _through_norm(
-    raw: Tensor, x: Tensor, gain: Tensor | None, head_scale: Tensor | None, scale: float,
-    groups: int, wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x, gain and head_scale (those that are wanted) from the core's raw gradient."""
-    batch, heads, rows, width = x.shape
-    pieces = max(groups, 1)
-    columns = triton.next_power_of_2(width // pieces)
-    sizes = Launch(_STREAM // columns, columns, 4, 1)
-    parts = (batch, heads, pieces, triton.cdiv(rows, sizes.rows))
-    grad_x = _grad_target(x, False) if wanted[0] else None
-    gain_parts = raw.new_empty(*parts, width // pieces) if wanted[1] else None
-    scale_parts = raw.new_empty(parts) if wanted[2] else None
-    launch(
-        triton_normalize.normalize_backward_kernel, parts[0] * parts[1] * parts[2] * parts[3], sizes,
-        raw, strided(x), gain, head_scale, scale, grad_x, gain_parts, scale_parts, rows, heads,
-        pieces, WIDTH=width // pieces, ROWS=sizes.rows, PADDED=columns, NORM=groups or None,
-    )  # fmt: skip
-    grad_gain = None if gain_parts is None else gain_parts.sum((0, 3)).flatten(1)
-    return grad_x, grad_gain, None if scale_parts is None else scale_parts.sum((0, 2, 3)) * scale
-
-
-def _head_shares(head_scale: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+def _head_shares(
+    head_scale: Tensor | None, kv_heads: int
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """head_scale [H] as (factors of at most 1 [H], the largest of each group [Hk]).
 
     The sum over the heads of a group is taken with the first, so that 16 bits hold its terms.
     """
-    by_group = head_scale.view(kv_heads, -1)
+    if head_scale is None:
+        return None, None
+    by_group = head_scale.reshape(kv_heads, -1)
     largest = by_group.abs().amax(1)
     tiny = torch.finfo(head_scale.dtype).tiny
     return (by_group / largest.clamp_min(tiny)[:, None]).flatten(), largest
 
 
-def _grad_bias(core: _Core, rows: _Rows, band: Band, bias: Tensor) -> Tensor:
-    grad = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+def _through_norm(
+    raw: Tensor, x: Tensor, gain: Tensor | None, head_scale: Tensor | None, scale: float,
+    groups: int, ask_x: bool, ask_gain: bool, ask_head_scale: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, gain and head_scale (those that are asked for) from the core's, `raw`."""
+    batch, heads, rows, width = x.shape
+    slices = max(groups, 1)
+    sizes = stream(width // slices)
+    parts = (batch, heads, slices, triton.cdiv(rows, sizes.rows))
+    grad_x = _target(x, x.dtype) if ask_x else None
+    gain_parts = raw.new_empty(*parts, width // slices) if ask_gain else None
+    scale_parts = raw.new_empty(parts) if ask_head_scale else None
+    launch(
+        triton_normalize.normalize_backward_kernel, batch * heads * slices * parts[3], sizes,
+        raw, strided(x), contiguous(gain), contiguous(head_scale), scale, grad_x, gain_parts,
+        scale_parts, rows, heads, slices,
+        WIDTH=width // slices, ROWS=sizes.rows, PADDED=sizes.columns, NORM=groups or None,
+    )  # fmt: skip
+    grad_gain = None if gain_parts is None else gain_parts.sum((0, 3)).flatten(1)
+    return grad_x, grad_gain, None if scale_parts is None else scale_parts.sum((0, 2, 3)) * scale
+
+
+def _grad_bias(core: Core, rows: Rows, band: Band, bias: Tensor) -> Tensor:
+    grad = _target(bias, bias.dtype)
     sizes = core.sizes(GRAD_BIAS)
+    # In each dimension programs own the tiles, or each of them sums over all.
     full = (*core.query.shape[:3], core.key.shape[2])
     tile = (1, 1, sizes.rows, sizes.columns)
-    # In each dimension programs own the tiles, or each of them sums over all.
     counts = [triton.cdiv(size, step) for size, step in zip(full, tile)]
-    own = [1 if bias.shape[dim] == 1 else counts[dim] for dim in range(4)]
-    summed = [counts[dim] if bias.shape[dim] == 1 else 1 for dim in range(4)]
+    own = [1 if size == 1 else count for size, count in zip(bias.shape, counts)]
+    summed = [count if size == 1 else 1 for size, count in zip(bias.shape, counts)]
     launch(
         triton_bias.grad_bias_kernel, own[0] * own[1] * own[2] * own[3], sizes,
         *core.operands(), *rows.operands(), grad, bias.shape[2], bias.shape[3], *own[1:], *summed,
-        core.scoring, band, **core.tiles(sizes, "BM", "BN"),
+        core.scoring, band, **core.constants, BM=sizes.rows, BN=sizes.columns,
     )  # fmt: skip
     return grad
 
 
-def _grad_relative_bias(core: _Core, rows: _Rows, band: Band, relative_bias: Tensor) -> Tensor:
-    heads, diagonals = relative_bias.shape
-    grad = relative_bias.new_empty(heads, diagonals)
+def _grad_relative_bias(core: Core, rows: Rows, band: Band) -> Tensor:
+    batch, heads, num_queries, _ = core.query.shape
+    diagonals = max(num_queries + core.key.shape[2] - 1, 0)
+    grad = core.query.new_empty(heads, diagonals, dtype=torch.float32)
     sizes = core.sizes(GRAD_RELATIVE_BIAS)
     launch(
         triton_bias.grad_relative_bias_kernel, heads * triton.cdiv(diagonals, sizes.columns), sizes,
-        *core.operands(), *rows.operands(), grad, core.query.shape[0], core.scoring, band,
-        **core.tiles(sizes, "BM", "BO"),
+        *core.operands(), *rows.operands(), grad, batch, core.scoring, band,
+        **core.constants, BM=sizes.rows, BO=sizes.columns,
     )  # fmt: skip
     return grad
-
-
-def _grad_sink(sink: Tensor, rows: _Rows) -> Tensor:
-    weights = torch.exp(sink[:, None] - rows.lse)  # lse is at least the sink
-    return -(weights * rows.delta).sum((0, 2))
-
-
-def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-    mask: Tensor | None, bias: Tensor | None, relative_bias: Tensor | None,
-    head_scale: Tensor | None, query_gain: Tensor | None, key_gain: Tensor | None,
-    sink: Tensor | None, start: Tensor | None, stop: Tensor | None, out: Tensor, lse: Tensor,
-    left: int, right: int, scale: float, groups: int, output_mask: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """`attn::_cosine_sim_bwd`: nine gradients, of size [0] where output_mask says no."""
-    wants = dict(zip(_GRADS, output_mask))
-    grads: dict[str, Tensor | None] = {}
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    head_scale, query_gain, key_gain = map(_contiguous, (head_scale, query_gain, key_gain))
-    with torch.cuda.device_of(query):
-        core = _core(
-            query, key, value, mask, bias, relative_bias, head_scale, query_gain, key_gain, scale,
-            groups,
-        )  # fmt: skip
-        rows = _Rows(grad_out, lse.contiguous(), _delta(out, grad_out, grad_lse))
-        band = keys_seen(num_queries, num_keys, left, right, start, stop)
-        raw = groups > 0 or head_scale is not None
-        wanted = wants["query"], wants["query_gain"], wants["head_scale"]
-        if any(wanted):
-            grad = _grad_query(core, rows, band, query, raw, scale)
-            grads["query"], grads["query_gain"], grads["head_scale"] = (
-                _through_norm(grad, query, query_gain, head_scale, scale, groups, wanted)
-                if raw else (grad, None, None)
-            )  # fmt: skip
-        wanted = wants["key"], wants["key_gain"], False
-        if any(wanted) or wants["value"]:
-            share = largest = None
-            if head_scale is not None:
-                share, largest = _head_shares(head_scale, key.shape[1])
-            grads["key"], grads["value"] = _grad_key_value(
-                core, rows, queries_seeing(num_queries, num_keys, left, right, start, stop),
-                key if any(wanted) else None, value if wants["value"] else None, share, raw, scale,
-            )  # fmt: skip
-            if any(wanted) and raw:
-                grads["key"], grads["key_gain"], _ = _through_norm(
-                    grads["key"], key, key_gain, largest, scale, groups, wanted
-                )
-        if wants["bias"]:
-            grads["bias"] = _grad_bias(core, rows, band, bias)
-        if wants["relative_bias"]:
-            grads["relative_bias"] = _grad_relative_bias(core, rows, band, relative_bias)
-        if wants["sink"]:
-            grads["sink"] = _grad_sink(sink, rows)
-    return tuple(grads[name] if wants[name] else query.new_empty(0) for name in _GRADS)
-
-
-_GRADS = "query key value bias relative_bias head_scale query_gain key_gain sink".split()

@@ -202,8 +202,6 @@ def grad_key_value_kernel(
             D, E, BM, BITS, PRECISION,
         )  # fmt: skip
     if grad_key is not None:
-        store_rows(
-            grad_key, batch, kv_head, block * BN, num_keys, grad_k * grad_factor, D, BN, BD
-        )
+        store_rows(grad_key, batch, kv_head, block * BN, num_keys, grad_k * grad_factor, D, BN, BD)
     if grad_value is not None:
         store_rows(grad_value, batch, kv_head, block * BN, num_keys, grad_v, E, BN, BE)

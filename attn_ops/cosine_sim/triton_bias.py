@@ -32,7 +32,9 @@ def _grad_score_tile(
         do = load_rows(grad_out, batch, head, first_query, num_queries, E, BM, BE)
         k = load_rows(key, batch, kv_head, first_key, num_keys, D, BN, BD)
         v = load_rows(value, batch, kv_head, first_key, num_keys, E, BN, BE)
-        row_lse, row_delta = load_row_statistics(lse, delta, scoring, batch, head, first_query, BM, BITS)
+        row_lse, row_delta = load_row_statistics(
+            lse, delta, scoring, batch, head, first_query, BM, BITS
+        )
         factor = scoring.factor
         if scoring.head_scale is not None:
             factor *= tl.load(scoring.head_scale + head)

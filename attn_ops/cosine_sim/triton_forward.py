@@ -16,8 +16,8 @@ from attn_ops._triton.visibility import block_range, hide_outside, interval
 
 @triton.jit
 def _attend(
-    out, total, maximum, q, key, value, scoring, batch, head, queries, factor, shift, limits, num_keys,
-    begin, count, before, gap,
+    out, total, maximum, q, key, value, scoring, batch, head, queries, factor, shift, limits,
+    num_keys, begin, count, before, gap,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

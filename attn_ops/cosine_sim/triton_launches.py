@@ -14,7 +14,7 @@ FORWARD: Table = {
     },
     4: {
         64: [Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)],
-        128: [Launch(32, 32, 8, 2), Launch(32, 32, 8, 1)],
+        128: [Launch(32, 16, 4, 2)] * 2,
         256: [Launch(32, 32, 8, 2), Launch(32, 16, 8, 1)],
     },
 }
@@ -40,16 +40,16 @@ GRAD_KEY_VALUE: Table = {
     },
     4: {
         64: [Launch(64, 32, 8, 2), Launch(32, 32, 4, 2)],
-        128: [Launch(32, 32, 8, 2), Launch(32, 32, 8, 1)],
+        128: [Launch(32, 32, 8, 2), Launch(32, 16, 8, 1)],
         256: [Launch(32, 16, 8, 1), Launch(16, 16, 4, 1)],
     },
 }
 # rows are queries, columns keys
 GRAD_BIAS: Table = {
     2: {
-        64: [Launch(64, 64, 4, 1)] * 2,
-        128: [Launch(64, 64, 8, 1)] * 2,
-        256: [Launch(32, 32, 8, 1)] * 2,
+        64: [Launch(64, 32, 4, 1)] * 2,
+        128: [Launch(64, 32, 8, 1)] * 2,
+        256: [Launch(32, 16, 4, 1)] * 2,
     },
     4: {
         64: [Launch(32, 32, 4, 1)] * 2,

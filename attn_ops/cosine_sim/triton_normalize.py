@@ -58,9 +58,9 @@ def normalize_backward_kernel(
 ):  # fmt: skip
     """Gradients of x, of gain and of head_scale, from grad: the gradient before `scale`.
 
-    unit = x * r * gain, and scale * head_scale * grad is the gradient of unit. A program takes slices
-    of one kind and writes its sums to gain_parts [programs, WIDTH] (the gradient of gain) and
-    scale_parts [programs] (the sum of grad * unit). NORM None: x was taken as it is.
+    unit = x * r * gain, and scale * head_scale * grad is the gradient of unit. A program takes
+    slices of one kind and writes its sums to gain_parts [programs, WIDTH] (the gradient of gain)
+    and scale_parts [programs] (the sum of grad * unit). NORM None: x was taken as it is.
     """
     blocks = tl.cdiv(num_rows, ROWS)
     program = tl.program_id(0)

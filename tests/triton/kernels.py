@@ -1,7 +1,7 @@
-"""The Triton kernels, interpreted on CPU tensors, against the formula in float64.
+"""The Triton kernels against the formula in float64.
 
-Run by test_interpreter.py in a process of its own. bfloat16 is left out: the interpreter's dot product
-of it is silently wrong.
+Run by test_kernels.py in a process of its own, where there is no GPU by Triton's interpreter. Then
+bfloat16 is left out: the interpreter's dot product of it is silently wrong.
 """
 
 import os
@@ -11,16 +11,16 @@ import torch
 
 from attn_ops import _library
 from tests.conformance.evaluate import assert_agrees, assert_arguments_agree
+from tests.conftest import DEVICE
 from tests.cosine_sim.spec import SPEC
 from tests.strategies import Case
 
-assert os.environ.get("TRITON_INTERPRET") == "1" and not _library.loaded_libraries
+if DEVICE == "cpu":
+    assert os.environ["TRITON_INTERPRET"] == "1" and not _library.loaded_libraries
+    _kernels = _library.triton_room("cosine_sim")
+    _library.implement("_cosine_sim_fwd", _kernels.forward, "CPU")
+    _library.implement("_cosine_sim_bwd", _kernels.backward, "CPU")
 
-KERNELS = _library.triton_room("cosine_sim")
-_library.implement("_cosine_sim_fwd", KERNELS.forward, "CPU")
-_library.implement("_cosine_sim_bwd", KERNELS.backward, "CPU")
-
-CPU = torch.device("cpu")
 ONE = Case(batch=1, heads=1, kv_heads=1, width=16, value_width=16)
 # What the small cases of the specification leave out: more than one block in each direction.
 LONG = {
@@ -30,17 +30,20 @@ LONG = {
     ),
     "relative bias over blocks": ONE.but(queries=70, keys=100, relative_bias="H", causal=True),
     "relative bias, more queries than keys": ONE.but(queries=90, keys=33, relative_bias="H"),
-    "bias summed over blocks": ONE.but(batch=2, heads=2, kv_heads=1, queries=70, keys=66, bias="1H1N"),
-    "bias summed over rows of keys": ONE.but(batch=2, queries=70, keys=66, bias="BHM1"),
+    "bias of keys over blocks": ONE.but(
+        batch=2, heads=2, kv_heads=1, queries=70, keys=66, bias="1H1N"
+    ),
+    "bias of queries over blocks": ONE.but(batch=2, queries=70, keys=66, bias="BHM1"),
     "grouped heads over blocks": ONE.but(
         heads=4, kv_heads=2, queries=40, keys=70, causal=True, options={"head_scale": True}
     ),
     "a slice per element": ONE.but(options={"groups": 16, "scale": 1.0}),
-    "decoding": ONE.but(queries=1, keys=300, causal=True),
+    "one query": ONE.but(queries=1, keys=300, causal=True),
 }
-# The everything and the wide case hold what float16 changes: rounding and the shift of the weights.
 CASES = [(name, case, torch.float32) for name, case in (SPEC.cases | LONG).items()]
-CASES += [(name, SPEC.cases[name], torch.float16) for name in ("plain", "sink", "wide", "everything")]
+# What 16 bits change: rounding, and in float16 the shift of the weights.
+SHORT = torch.float16 if DEVICE == "cpu" else torch.bfloat16
+CASES += [(name, SPEC.cases[name], SHORT) for name in ("plain", "sink", "wide", "everything")]
 EXTREME = {
     "a large scale": {"scale": 1e4},
     "slices and a large scale": {"scale": 16.0, "groups": 8},
@@ -51,14 +54,16 @@ EXTREME = {
 @pytest.mark.parametrize(
     ("case", "dtype"), [c[1:] for c in CASES], ids=[f"{c[0]}-{c[2]}" for c in CASES]
 )
-def test_kernels_agree_with_the_formula(case: Case, dtype: torch.dtype) -> None:
-    assert_agrees(SPEC, case, dtype, CPU)
+def test_kernels_agree_with_the_formula(
+    case: Case, dtype: torch.dtype, device: torch.device
+) -> None:
+    assert_agrees(SPEC, case, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 @pytest.mark.parametrize("name", EXTREME)
-def test_extreme_scales_stay_finite(name: str, dtype: torch.dtype) -> None:
-    arguments = SPEC.build(ONE.but(queries=20, keys=20, options=EXTREME[name]), dtype, CPU)
+def test_extreme_scales_stay_finite(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    arguments = SPEC.build(ONE.but(queries=20, keys=20, options=EXTREME[name]), dtype, device)
     arguments["query"][..., 0, :] = 0
     arguments["key"][..., 0, :] = 6e-8  # the smallest float16: its square is zero there
     assert_arguments_agree(SPEC, arguments)
@@ -66,16 +71,16 @@ def test_extreme_scales_stay_finite(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 @pytest.mark.parametrize("value", (100.0, -100.0, -1e4, -torch.inf))
-def test_extreme_biases_stay_finite(value: float, dtype: torch.dtype) -> None:
-    arguments = SPEC.build(ONE.but(queries=20, keys=20, bias="11MN"), dtype, CPU)
+def test_extreme_biases_stay_finite(value: float, dtype: torch.dtype, device: torch.device) -> None:
+    arguments = SPEC.build(ONE.but(queries=20, keys=20, bias="11MN"), dtype, device)
     arguments["bias"][..., :10, :] = value
     arguments["bias"][..., 15, 3] = value
     results = assert_arguments_agree(SPEC, arguments)
     assert not any(x.isnan().any() for x in results.values())
 
 
-def test_rows_of_equal_huge_biases_are_averages() -> None:
-    arguments = SPEC.build(ONE.but(bias="11MN"), torch.float32, CPU)
+def test_row_of_equal_huge_biases_is_an_average(device: torch.device) -> None:
+    arguments = SPEC.build(ONE.but(bias="11MN"), torch.float32, device)
     arguments["bias"][:] = torch.finfo(torch.float32).min
     out, _ = SPEC.with_lse(**arguments)
     torch.testing.assert_close(out, arguments["value"].mean(2, keepdim=True).expand_as(out))

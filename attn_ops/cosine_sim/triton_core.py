@@ -1,0 +1,152 @@
+"""What the launches of one call share: its arguments, unit queries and keys, and block sizes.
+
+Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width,
+E value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from attn_ops._triton.bias import PairTerms
+from attn_ops._triton.launch import Launch, Table, choose, dot_precision, launch
+from attn_ops._triton.softmax import LOG2_E
+from attn_ops._triton.tiles import padded, strided
+from attn_ops._triton.visibility import Band, keys_seen, queries_seeing
+from attn_ops.cosine_sim import triton_normalize
+
+BITS_PER_NAT = LOG2_E.value
+
+
+class Inputs(NamedTuple):
+    """The arguments of the private forward op, in its order (see ops.py)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    relative_bias: Tensor | None
+    head_scale: Tensor | None
+    query_gain: Tensor | None
+    key_gain: Tensor | None
+    sink: Tensor | None
+    start: Tensor | None
+    stop: Tensor | None
+    left: int
+    right: int
+    scale: float
+    groups: int
+
+    def keys_seen(self) -> Band:
+        lengths = self.query.shape[2], self.key.shape[2]
+        return keys_seen(*lengths, self.left, self.right, self.start, self.stop)
+
+    def queries_seeing(self) -> Band:
+        lengths = self.query.shape[2], self.key.shape[2]
+        return queries_seeing(*lengths, self.left, self.right, self.start, self.stop)
+
+
+class Scoring(NamedTuple):
+    """How kernels get from q̂·k̂ to a score: factor * head_scale[h] * q̂·k̂, then the pair terms."""
+
+    factor: Any
+    head_scale: Any
+    terms: PairTerms
+    num_heads: Any
+    heads_per_group: Any
+    num_queries: Any
+    num_keys: Any
+
+
+@dataclass
+class Core:
+    """What the core kernels read. query and key are as they enter the dot product."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scoring: Scoring
+    constants: dict[str, Any]
+
+    def operands(self) -> tuple[Any, ...]:
+        return strided(self.query), strided(self.key), strided(self.value)
+
+    def sizes(self, table: Table) -> Launch:
+        widths = self.query.shape[3], self.value.shape[3]
+        plain = all(term is None for term in self.scoring.terms)
+        return choose(table, self.query, *widths, plain=plain)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """A small parameter without strides."""
+    return None if x is None else x.contiguous()
+
+
+def stream(width: int) -> Launch:
+    """Block sizes of the kernels that only read and write: 4096 elements, all of a row."""
+    columns = triton.next_power_of_2(width)
+    return Launch(4096 // columns, columns, 4, 1)
+
+
+def _unit(x: Tensor, gain: Tensor | None, groups: int) -> Tensor:
+    """x [B, H, M, D] as it enters the dot product."""
+    if not groups:
+        return x
+    batch, heads, rows, width = x.shape
+    unit = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sizes = stream(width // groups)
+    launch(
+        triton_normalize.normalize_kernel, batch * heads * triton.cdiv(rows * groups, sizes.rows),
+        sizes, strided(x), contiguous(gain), unit, rows, heads, groups,
+        WIDTH=width // groups, ROWS=sizes.rows, PADDED=sizes.columns,
+    )  # fmt: skip
+    return unit
+
+
+def prepare(inputs: Inputs) -> Core:
+    """Normalises queries and keys and describes the rest."""
+    batch, heads, num_queries, width = inputs.query.shape
+    kv_heads, num_keys, value_width = inputs.value.shape[1:]
+    pairs = (batch, heads, num_queries, num_keys)
+    bias, relative_bias, mask = inputs.bias, inputs.relative_bias, inputs.mask
+    terms = PairTerms(
+        None if bias is None else strided(bias.expand(pairs)),
+        None if relative_bias is None else strided(relative_bias[None, :, None]),
+        None if mask is None else strided(mask.expand(pairs)),
+    )
+    # Scores are in nats where there is a bias, in bits elsewhere: see _triton/softmax.py.
+    bits = 1.0 if bias is None and relative_bias is None else BITS_PER_NAT
+    factor = inputs.scale * (BITS_PER_NAT / bits)
+    head_scale = contiguous(inputs.head_scale)
+    scoring = Scoring(
+        factor, head_scale, terms, heads, heads // kv_heads, num_queries, num_keys
+    )  # fmt: skip
+    constants = {
+        "D": width, "E": value_width, "BD": padded(width), "BE": padded(value_width),
+        "BITS": bits, "PRECISION": dot_precision(),
+    }  # fmt: skip
+    query = _unit(inputs.query, inputs.query_gain, inputs.groups)
+    key = _unit(inputs.key, inputs.key_gain, inputs.groups)
+    return Core(query, key, inputs.value, scoring, constants)
+
+
+def fixed_shift(inputs: Inputs) -> float | None:
+    """What to subtract from scores, in bits, where their bound |scale| * groups is close enough.
+
+    Weights then lie between exp(-2 |scale| groups) and 1, and have to be normal numbers as operands
+    of the product with the values. float16 gets another 14 bits from the other end of its range.
+    """
+    unbounded = (
+        inputs.bias, inputs.relative_bias, inputs.head_scale, inputs.query_gain, inputs.key_gain
+    )  # fmt: skip
+    bound = abs(inputs.scale) * inputs.groups * BITS_PER_NAT
+    headroom, reach = (14, 28) if inputs.query.dtype == torch.float16 else (0, 120)
+    if not inputs.groups or any(x is not None for x in unbounded) or 2 * bound > reach:
+        return None
+    return bound - headroom
