@@ -14,6 +14,7 @@ from torch import Tensor
 from attn_ops import masks
 from attn_ops._checks import (
     check_broadcastable,
+    check_dense,
     check_device,
     check_floating,
     check_like_query,
@@ -159,6 +160,7 @@ def _fold_mask(op: str, mask: Tensor, query: Tensor, full: tuple[int, ...]) -> T
     if mask.dtype != torch.bool:
         hint = "; an additive mask is a bias" if mask.is_floating_point() else ""
         raise TypeError(f"{op}: mask must be bool (True = may attend), got {mask.dtype}{hint}")
+    check_dense(op, "mask", mask)
     check_device(op, "mask", mask, query)
     check_rank(op, "mask", mask, (2, 4), "[B, N] or broadcastable to [B, H, M, N]")
     if mask.dim() == 2:
@@ -201,6 +203,7 @@ def _check_offsets(
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if offsets.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{op}: {name} must be int32 or int64, got {offsets.dtype}")
+        check_dense(op, name, offsets)
         check_device(op, name, offsets, query)
         check_rank(op, name, offsets, (1,), "[S+1]")
         if offsets.shape[0] < 2:

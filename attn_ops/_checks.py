@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256
+MAX_FLOAT = sys.float_info.max
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,13 +27,17 @@ def fail(op: str, argument: str, expected: str, got: Any) -> ValueError:
     return ValueError(f"{op}: {argument} must {expected}, got {got}")
 
 
-def check_floating(op: str, argument: str, tensor: Tensor) -> None:
+def check_dense(op: str, argument: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "a nested tensor" if tensor.is_nested else str(tensor.layout)
         raise NotImplementedError(
             f"{op}: {argument} must be a dense tensor, got {layout}; "
             "pack sequences of several lengths with cu_seqlens"
         )
+
+
+def check_floating(op: str, argument: str, tensor: Tensor) -> None:
+    check_dense(op, argument, tensor)
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{op}: {argument} must be float64, float32, bfloat16 or float16, got {tensor.dtype}"
@@ -90,3 +96,20 @@ def check_tensor(op: str, argument: str, value: object, *, optional: bool = Fals
     if not isinstance(value, Tensor) and not (optional and value is None):
         or_none = " or None" if optional else ""
         raise TypeError(f"{op}: {argument} must be a Tensor{or_none}, got {type(value).__name__}")
+
+
+def check_int(op: str, argument: str, value: object, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    # The schema's integers have 64 bits.
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {argument} must be an int, got {type(value).__name__}")
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise fail(op, argument, "be an int of 64 bits", value)
+
+
+def check_number(op: str, argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {argument} must be a float, got {type(value).__name__}")
+    if isinstance(value, int) and abs(value) > MAX_FLOAT:
+        raise fail(op, argument, "be finite", "an int beyond every float")

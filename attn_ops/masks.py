@@ -48,7 +48,9 @@ def packed_intervals(
         past_seen = position + 1 + past_key - offsets_q[sequence + 1]
         stop = torch.minimum(torch.maximum(past_seen, first_key), past_key)
         if window is not None:
-            start = torch.minimum(torch.maximum(past_seen - window, first_key), past_key)
+            # The widest window of 32 bits: no sequence is longer.
+            first_seen = past_seen - torch.sym_min(window, 1 << 30)
+            start = torch.minimum(torch.maximum(first_seen, first_key), past_key)
     return start.unsqueeze(0), stop.unsqueeze(0)
 
 

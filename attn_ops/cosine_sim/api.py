@@ -7,7 +7,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from attn_ops._checks import check_tensor
+from attn_ops._checks import (
+    check_device,
+    check_floating,
+    check_int,
+    check_number,
+    check_rank,
+    check_shape,
+    check_tensor,
+)
 
 
 @overload
@@ -138,9 +146,7 @@ def cosine_sim_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(op, name, tensor)
     if isinstance(scale, Tensor):
-        temperature = scale.expand(query.shape[1]) if scale.numel() == 1 else scale
-        head_scale = temperature if head_scale is None else temperature * head_scale
-        scale = 1.0
+        head_scale, scale = _per_head(op, scale, head_scale, query), 1.0
     options: dict[str, Any] = {
         "causal": causal,
         "normalize": normalize,
@@ -154,6 +160,7 @@ def cosine_sim_attention(
         "query_gain": query_gain,
         "key_gain": key_gain,
     }
+    _check_types(op, mask, bias, scale, options)
     # The compiler would read a default of 8.0 off this function as a symbolic float, and trace
     # again when the op makes it a number; the op's own default is a number from the start.
     if scale is not None:
@@ -161,3 +168,34 @@ def cosine_sim_attention(
     if return_lse:
         return torch.ops.attn.cosine_sim_with_lse(query, key, value, mask, bias, **options)
     return torch.ops.attn.cosine_sim(query, key, value, mask, bias, **options)
+
+
+def _per_head(op: str, scale: Tensor, head_scale: Tensor | None, query: Tensor) -> Tensor:
+    """A scale that is a tensor, as head_scale."""
+    check_rank(op, "query", query, (3, 4), "[B, H, M, D] or [BH, M, D]")
+    heads = query.shape[1] if query.dim() == 4 else 1
+    check_floating(op, "scale", scale)
+    check_device(op, "scale", scale, query)
+    if scale.numel() == 1:
+        scale = scale.reshape(1).expand(heads)
+    check_shape(op, "scale", scale, (heads,), "[H]")
+    if head_scale is None:
+        return scale
+    check_tensor(op, "head_scale", head_scale)
+    check_device(op, "head_scale", head_scale, query)
+    check_shape(op, "head_scale", head_scale, (heads,), "[H]")
+    return scale * head_scale
+
+
+def _check_types(op: str, mask: Any, bias: Any, scale: Any, options: dict[str, Any]) -> None:
+    """What the op's schema would refuse as a RuntimeError, or would read off a tensor."""
+    for name, value in {"mask": mask, "bias": bias, **options}.items():
+        if name in ("causal", "normalize"):
+            if not isinstance(value, bool):
+                raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+        elif name in ("groups", "window"):
+            check_int(op, name, value, optional=name == "window")
+        else:
+            check_tensor(op, name, value, optional=True)
+    if scale is not None:
+        check_number(op, "scale", scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attn_ops._checks import check_tensor
+from attn_ops._checks import check_int, check_tensor
 
 EPSILON = 1e-12
 
@@ -39,10 +39,11 @@ def l2_normalize(*tensors: Tensor, groups: int = 1) -> Tensor | tuple[Tensor, ..
         taken in at least float32. A zero vector stays zero, and its gradient is zero.
 
     Raises:
-        TypeError: an input is not a floating tensor.
+        TypeError: an input is not a floating tensor, or groups not an int.
         ValueError: `groups` is below 1 or does not divide D.
     """
     for tensor in tensors:
         check_tensor("l2_normalize", "tensors", tensor)
+    check_int("l2_normalize", "groups", groups)
     outputs = tuple(torch.ops.attn.l2_normalize(tensor, groups) for tensor in tensors)
     return outputs[0] if len(outputs) == 1 else outputs

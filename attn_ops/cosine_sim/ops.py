@@ -75,7 +75,8 @@ def _attention(
         cu_seqlens_q,
         cu_seqlens_k,
     )
-    _autograd.check_forward_mode(op, query, key, value, bias, relative_bias, sink, head_scale)
+    parameters = (bias, relative_bias, sink, head_scale, query_gain, key_gain)
+    _autograd.check_forward_mode(op, query, key, value, *parameters)
     heads = args.query.shape[1]
     if isinstance(scale, float) and not math.isfinite(scale):
         raise fail(op, "scale", "be finite", scale)
