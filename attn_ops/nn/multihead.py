@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from attn_ops import cosine_sim_attention
+from attn_ops._checks import fail, shape
+
+OP = "MultiheadAttention"
 
 
 class MultiheadAttention(nn.Module):
@@ -32,13 +35,13 @@ class MultiheadAttention(nn.Module):
         context_dim: width of the context; ``dim`` by default.
         bias: whether the four projections have a bias.
         learned_scale: where a learnable scale per head starts, passed to ``attention`` as
-            ``scale`` of shape ``[H]``. None: the attention's own default, nothing learned.
+            ``scale``, a tensor ``[H]``, which ``attention`` has to take. None: nothing learned.
         rotary_base: rotary position embedding of queries and keys with this base (10000, say).
             None: no positions. Self-attention only.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: a width or a number of heads that does not divide, or is below 1.
+        ValueError: a width or a number of heads that is below 1 or does not divide.
 
     Source: Vaswani et al., https://arxiv.org/abs/1706.03762; grouped heads: Ainslie et al.,
     https://arxiv.org/abs/2305.13245
@@ -61,9 +64,9 @@ class MultiheadAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        _check_heads(dim, heads, kv_heads, head_dim, rotary_base)
-        head_dim = dim // heads if head_dim is None else head_dim
         context_dim = dim if context_dim is None else context_dim
+        _check_sizes(dim, heads, kv_heads, head_dim, context_dim, rotary_base)
+        head_dim = dim // heads if head_dim is None else head_dim
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.attention = attention
         self.rotary_base = rotary_base
@@ -71,11 +74,12 @@ class MultiheadAttention(nn.Module):
         self.k_proj = nn.Linear(context_dim, kv_heads * head_dim, bias, device, dtype)
         self.v_proj = nn.Linear(context_dim, kv_heads * head_dim, bias, device, dtype)
         self.out_proj = nn.Linear(heads * head_dim, dim, bias, device, dtype)
-        self.learned_scale = (
-            None
-            if learned_scale is None
-            else nn.Parameter(torch.full((heads,), learned_scale, device=device, dtype=dtype))
-        )
+        self.learned_scale: nn.Parameter | None
+        if learned_scale is None:
+            self.register_parameter("learned_scale", None)
+        else:
+            scale = torch.full((heads,), float(learned_scale), device=device, dtype=dtype)
+            self.learned_scale = nn.Parameter(scale)
 
     def forward(self, x: Tensor, context: Tensor | None = None, **options: Any) -> Tensor:
         """Attend from ``x`` to ``context``, or to ``x`` itself.
@@ -89,11 +93,12 @@ class MultiheadAttention(nn.Module):
             ``[B, M, dim]``.
 
         Raises:
-            ValueError: a rank or a width that does not fit, or a context where ``rotary_base``
-                is set. The attention raises for what it does not accept itself.
+            ValueError: a rank or a width that does not fit, a context beside ``rotary_base``, or
+                a scale beside ``learned_scale``. What else the attention does not accept, it
+                raises for itself.
         """
+        self._check_inputs(x, context, options)
         source = x if context is None else context
-        self._check_inputs(x, source)
         query = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
         key = self.k_proj(source).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
         value = self.v_proj(source).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
@@ -104,22 +109,22 @@ class MultiheadAttention(nn.Module):
         out = self.attention(query, key, value, **options)  # [B, H, M, D]
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
-    def _check_inputs(self, x: Tensor, source: Tensor) -> None:
-        if self.rotary_base is not None and source is not x:
-            raise ValueError(
-                "MultiheadAttention: context must be None with rotary_base (queries and keys "
-                f"would need common positions), got {tuple(source.shape)}"
-            )
-        for name, tensor, proj in (("x", x, self.q_proj), ("context", source, self.k_proj)):
-            if tensor.dim() != 3 or tensor.shape[-1] != proj.in_features:
-                raise ValueError(
-                    f"MultiheadAttention: {name} must be [batch, length, {proj.in_features}], "
-                    f"got {tuple(tensor.shape)}"
-                )
+    def _check_inputs(self, x: Tensor, context: Tensor | None, options: dict[str, Any]) -> None:
+        if self.rotary_base is not None and context is not None:
+            expected = "be None with rotary_base, which counts the positions of x"
+            raise fail(OP, "context", expected, shape(context))
+        if self.learned_scale is not None and "scale" in options:
+            raise fail(OP, "scale", "not be given beside learned_scale", options["scale"])
+        if context is None and self.k_proj.in_features != self.q_proj.in_features:
+            width = self.k_proj.in_features
+            raise fail(OP, "context", f"be given: its width context_dim={width} is not dim", None)
+        _check_sequence("x", x, "dim", self.q_proj.in_features)
+        if context is not None:
+            _check_sequence("context", context, "context_dim", self.k_proj.in_features)
 
     def extra_repr(self) -> str:
         attention = getattr(self.attention, "func", self.attention)  # inside a partial
-        name = getattr(attention, "__name__", repr(attention))
+        name = getattr(attention, "__name__", type(attention).__name__)
         return f"heads={self.heads}, kv_heads={self.kv_heads}, attention={name}"
 
 
@@ -148,21 +153,33 @@ def rotary(x: Tensor, base: float = 10000.0) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _check_heads(
-    dim: int, heads: int, kv_heads: int, head_dim: int | None, rotary_base: float | None
+def _check_sequence(name: str, tensor: Tensor, width_name: str, width: int) -> None:
+    if tensor.dim() != 3 or tensor.shape[-1] != width:
+        expected = f"have shape [batch, length, {width_name}={width}]"
+        raise fail(OP, name, expected, shape(tensor))
+
+
+def _check_sizes(
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int | None,
+    context_dim: int,
+    rotary_base: float | None,
 ) -> None:
-    op = "MultiheadAttention"
-    for name, count in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads)):
-        if count < 1:
-            raise ValueError(f"{op}: {name} must be at least 1, got {count}")
+    sizes = {"dim": dim, "heads": heads, "kv_heads": kv_heads, "context_dim": context_dim}
+    if head_dim is not None:
+        sizes["head_dim"] = head_dim
+    for name, size in sizes.items():
+        if size < 1:
+            raise fail(OP, name, "be at least 1", size)
     if heads % kv_heads:
-        raise ValueError(f"{op}: kv_heads must divide heads={heads}, got {kv_heads}")
+        raise fail(OP, "kv_heads", f"divide heads={heads}", kv_heads)
     if head_dim is None and dim % heads:
-        raise ValueError(
-            f"{op}: heads must divide dim={dim} where head_dim is not given, got {heads}"
-        )
-    if head_dim is not None and head_dim < 1:
-        raise ValueError(f"{op}: head_dim must be at least 1, got {head_dim}")
-    width = dim // heads if head_dim is None else head_dim
-    if rotary_base is not None and width % 2:
-        raise ValueError(f"{op}: rotary_base needs an even head width, got {width}")
+        raise fail(OP, "heads", f"divide dim={dim} where head_dim is not given", heads)
+    if rotary_base is not None:
+        width = dim // heads if head_dim is None else head_dim
+        if width % 2:
+            raise fail(OP, "head_dim", "be even with rotary_base", width)
+        if rotary_base <= 0:
+            raise fail(OP, "rotary_base", "be positive", rotary_base)

@@ -1,0 +1,80 @@
+"""FSDP2: two processes share the parameters, and train as one process would.
+
+python compile_examples/fsdp2.py  (starts its two processes itself)
+torchrun --nproc-per-node 2 compile_examples/fsdp2.py
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.run import main as torchrun
+from torch.distributed.tensor import DTensor
+
+from attn_ops.nn import MultiheadAttention
+
+STEPS, BATCH, LENGTH, DIM = 8, 8, 32, 64
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = MultiheadAttention(DIM, heads=4, learned_scale=8.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, causal=True)
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(3)))
+
+
+def train(model: nn.Module, part: slice) -> Tensor:
+    """The loss of each step, on this part of the batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x = torch.randn(BATCH, LENGTH, DIM, generator=torch.Generator().manual_seed(1))[part]
+    losses = []
+    for _ in range(STEPS):
+        loss = (model(x) - x.roll(1, dims=1)).square().mean()  # say the token before
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def worker() -> None:
+    """One of the processes; its rank and the number of them are where torchrun puts them."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    mesh = init_device_mesh("cpu", (world,))  # starts the process group, gloo
+    model = make_model()
+    for block in model:
+        fully_shard(block, mesh=mesh)  # the parameters of one block are gathered at a time
+    fully_shard(model, mesh=mesh)
+    stored = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
+    total = sum(p.numel() for p in model.parameters())
+    print(f"process {rank} of {world} stores {stored} of {total} parameters", flush=True)
+    assert stored < total
+
+    losses = train(model, slice(rank, None, world))
+    dist.all_reduce(losses)  # a sum
+    losses /= world
+    if rank == 0:
+        alone = train(make_model(), slice(None))
+        for step, (together, one) in enumerate(zip(losses.tolist(), alone.tolist())):
+            print(f"step {step}: loss {together:.6f} in {world} processes, {one:.6f} in one")
+        torch.testing.assert_close(losses, alone, rtol=1e-4, atol=1e-5)
+        assert alone[-1] < alone[0] / 2
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        worker()
+    else:  # --standalone finds a free port
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torchrun(["--standalone", "--nproc-per-node=2", __file__])
