@@ -1,0 +1,133 @@
+"""Every kernel compiles for GPUs that are not here, fits their shared memory, and hardly spills.
+
+The launchers run on meta tensors, with a driver that only names the target.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attn_ops import _library, masks
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+# Bytes of stack per thread. More than a few dozen registers spilled would be a wrong block size.
+STACK = 256
+
+
+class Target:
+    """A Triton driver without a device."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton caches compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(
+    capability: int, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[tuple[str, Any]]]:
+    """(name, compiled kernel) of every launch, none of which runs."""
+    from attn_ops._triton import launch
+
+    launches: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append((self.__name__, run(self, *args, grid=grid, warmup=True, **options)))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(launch, "shared_memory", lambda device: SHARED_MEMORY[capability])
+    monkeypatch.setattr(triton.runtime.driver, "_active", Target(capability))
+    yield launches
+
+
+def stack_bytes(kernel: Any) -> int:
+    """Bytes of local memory per thread, as the cuobjdump of Triton's wheel reads them."""
+    import triton.backends.nvidia as backend
+
+    cuobjdump = Path(backend.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", text)
+    assert found, text
+    return int(found[1])
+
+
+def launch_everything(dtype: torch.dtype, width: int, with_terms: bool) -> None:
+    """Forward and backward; `with_terms` with all that changes the kernels, else with nothing."""
+    batch, heads, kv_heads, length = 2, 4, 2, 1024
+
+    def empty(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    query = empty(batch, length, heads, width).transpose(1, 2)
+    key, value = (empty(batch, length, kv_heads, width).transpose(1, 2) for _ in range(2))
+    tensors: list[torch.Tensor | None] = [None] * 9
+    if with_terms:
+        parameter = torch.float32
+        tensors = [
+            empty(batch, 1, 1, length, dtype=torch.bool),
+            empty(1, heads, length, length),
+            empty(heads, 2 * length - 1, dtype=parameter),
+            empty(heads, dtype=parameter),
+            empty(heads, width, dtype=parameter),
+            empty(kv_heads, width, dtype=parameter),
+            empty(heads, dtype=parameter),
+            empty(1, length, dtype=torch.int32),
+            empty(1, length, dtype=torch.int32),
+        ]
+    options = (masks.UNBOUNDED, 0, 8.0, 2 if with_terms else 1)
+    kernels = _library.triton_room("cosine_sim")
+    inputs = (query, key, value, *tensors)
+    out, lse = kernels.forward(*inputs, *options)
+    wanted = [True] * 3 + [with_terms] * 6
+    kernels.backward(empty(*out.shape), None, *inputs, out, lse, *options, wanted)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "with_terms"),
+    [
+        (90, torch.bfloat16, 64, False),
+        (90, torch.bfloat16, 128, False),
+        (90, torch.bfloat16, 256, False),
+        (90, torch.bfloat16, 128, True),
+        (90, torch.float32, 256, False),
+        (80, torch.bfloat16, 80, False),
+        (80, torch.bfloat16, 256, True),
+    ],
+)
+def test_kernels_fit(
+    compiled: list[tuple[str, Any]],
+    capability: int,
+    dtype: torch.dtype,
+    width: int,
+    with_terms: bool,
+) -> None:
+    launch_everything(dtype, width, with_terms)
+    names = {name for name, _ in compiled}
+    assert len(names) == (8 if with_terms else 6), names
+    for name, kernel in compiled:
+        shared, stack = kernel.metadata.shared, stack_bytes(kernel)
+        assert shared <= SHARED_MEMORY[capability], f"{name} takes {shared} bytes of shared memory"
+        assert stack <= STACK, f"{name} spills {stack} bytes per thread"
