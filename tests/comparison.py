@@ -61,7 +61,9 @@ def assert_close(
     of_formula = largest_error(same_dtype, truth)
     if of_formula == torch.inf:
         of_formula = 0.0  # the formula overflowed in this dtype: that excuses nothing
-    tolerance = 2 * of_formula + rounding.term(name)
+    narrow, wide = torch.finfo(actual.dtype), torch.finfo(compute_dtype(actual.dtype))
+    smallest = narrow.tiny * narrow.eps + wide.tiny  # below are no numbers, or they become zero
+    tolerance = 2 * of_formula + rounding.term(name) + smallest
     error = largest_error(actual, truth)
     assert error <= tolerance, (
         f"{name} ({actual.dtype}) is off by {error:.3g}, tolerance {tolerance:.3g} "

@@ -33,6 +33,5 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler_and_seed() -> None:
+def fixed_seed() -> None:
     torch.manual_seed(0)
-    torch.compiler.reset()
