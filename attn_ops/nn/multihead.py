@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_ops import cosine_sim_attention
-from attn_ops._checks import fail, shape
+from attn_ops._checks import fail
 
 OP = "MultiheadAttention"
 
@@ -111,8 +111,7 @@ class MultiheadAttention(nn.Module):
 
     def _check_inputs(self, x: Tensor, context: Tensor | None, options: dict[str, Any]) -> None:
         if self.rotary_base is not None and context is not None:
-            expected = "be None with rotary_base, which counts the positions of x"
-            raise fail(OP, "context", expected, shape(context))
+            raise fail(OP, "context", "be None beside rotary_base", _shape(context))
         if self.learned_scale is not None and "scale" in options:
             raise fail(OP, "scale", "not be given beside learned_scale", options["scale"])
         if context is None and self.k_proj.in_features != self.q_proj.in_features:
@@ -153,10 +152,15 @@ def rotary(x: Tensor, base: float = 10000.0) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def _shape(tensor: Tensor) -> str:
+    # While a length is symbolic the compiler can write its number, but no tuple of numbers.
+    return "(" + ", ".join([f"{int(size)}" for size in tensor.shape]) + ")"
+
+
 def _check_sequence(name: str, tensor: Tensor, width_name: str, width: int) -> None:
     if tensor.dim() != 3 or tensor.shape[-1] != width:
         expected = f"have shape [batch, length, {width_name}={width}]"
-        raise fail(OP, name, expected, shape(tensor))
+        raise fail(OP, name, expected, _shape(tensor))
 
 
 def _check_sizes(
