@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -23,6 +24,17 @@ def compiler_missing() -> str | None:
     except (exc.InvalidCxxCompiler, RuntimeError) as error:
         return str(error).splitlines()[0]
     return None
+
+
+def headers_missing() -> str | None:
+    """Why torch.compile cannot bind its kernels to Python here; None where it can.
+
+    Ahead-of-time packages are not bound to Python and do without.
+    """
+    folder = Path(sysconfig.get_path("include"))
+    if (folder / "Python.h").exists():
+        return None
+    return f"no Python.h in {folder}: apt install python3-dev, for example"
 
 
 def export(model: nn.Module, seq_len: int, device: torch.device) -> torch.export.ExportedProgram:
