@@ -2,6 +2,7 @@
 
     python compile_examples/train_gpt.py                        # the Python standard library
     python compile_examples/train_gpt.py --attention softmax --data enwik8.gz
+    python compile_examples/train_gpt.py --compare docs/loss_curves.png
 
 Writes to --out: curve.png, curve.json, samples.txt, checkpoint.pt, gpt.exported.pt2 (torch.export)
 and gpt.pt2 (AOTInductor).
@@ -11,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+# Threads that spin while they wait starve each other where cores are shared: 5 times slower.
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import torch
 from gpt.curves import plot
@@ -22,13 +27,14 @@ from gpt.data import Corpus, bigram_bits_per_byte, load_corpus
 from gpt.export import (
     compiler_missing,
     export,
+    headers_missing,
     ops_in,
     run_in_fresh_process,
     write_expected,
 )
 from gpt.model import ATTENTIONS, GPTConfig
 from gpt.run_package import generate
-from gpt.training import TrainConfig, Trainer
+from gpt.training import History, TrainConfig, Trainer
 from tqdm import tqdm
 
 from attn_ops import info
@@ -122,6 +128,28 @@ class Run:
             plot({name: trainer.history}, self.bigram, title, self.out / "curve.png")
 
 
+def compare(args: argparse.Namespace, corpus: Corpus, backend: str) -> None:
+    """Trains with each attention from the same seed on the same batches, and draws the curves."""
+    args.steps = args.steps or DEFAULT_STEPS
+    histories: dict[str, History] = {}
+    out = args.out
+    for args.attention in ATTENTIONS:
+        args.out = out / args.attention
+        run = prepare(args, corpus, backend)
+        describe(args, run.trainer, corpus)
+        run.train()
+        histories[args.attention] = run.trainer.history
+    bytes_per_step = args.accumulate * args.batch_size * args.seq_len
+    title = (
+        f"Byte-level GPT, {args.layers} layers of width {args.dim}, {corpus.name}, "
+        f"{bytes_per_step:,} bytes per step"
+    )
+    plot(histories, run.bigram, title, args.compare)
+    for name, history in histories.items():
+        print(f"{name}: {history.valid[-1][1]:.3f} bits per byte (bigram {run.bigram:.3f})")
+    print(f"The curves are in {args.compare}.")
+
+
 def export_and_reload(run: Run, corpus: Corpus, compiler_error: str | None) -> str:
     """Exports, packages and runs the package in a fresh process; what became of it, in a sentence.
 
@@ -172,7 +200,8 @@ def describe(args: argparse.Namespace, trainer: Trainer, corpus: Corpus) -> None
         f"Data: {corpus.name}, {len(corpus.train):,} bytes to train on, {len(corpus.valid):,} held "
         f"out, {trainer.valid_windows[:, 1:].numel():,} of them validated on\n"
         f"Steps: {trainer.steps}, each {config.accumulate} x {config.batch_size} stretches of "
-        f"{config.seq_len} bytes"
+        f"{config.seq_len} bytes; the first one compiles",
+        flush=True,
     )
 
 
@@ -231,6 +260,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sample-bytes", type=positive, default=150)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("runs/gpt"))
+    add("--compare", type=Path, metavar="PNG", help="no export: train with every attention alike "
+        "and draw the curves into this picture")  # fmt: skip
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     return parser.parse_args(argv)
 
@@ -272,12 +303,15 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     corpus = load_corpus(args.data)
     compiler_error = compiler_missing()
-    run = prepare(args, corpus, "inductor" if compiler_error is None else "aot_eager")
+    uncompiled = compiler_error or headers_missing()
+    backend = "inductor" if uncompiled is None else "aot_eager"
+    if uncompiled is not None:
+        print(f"No kernels from torch.compile ({uncompiled}): graphs are captured, not compiled.")
+    if args.compare:
+        compare(args, corpus, backend)
+        return 0
+    run = prepare(args, corpus, backend)
     describe(args, run.trainer, corpus)
-    if compiler_error is not None:
-        print(f"No C++ compiler ({compiler_error}): the graph is captured but not compiled.")
-    else:
-        print("Compiling; the first step takes a while ...")
     try:
         run.train()
     except KeyboardInterrupt:

@@ -31,8 +31,8 @@ def plot(histories: dict[str, History], bigram: float, title: str, path: Path) -
         label = f"{name}, validation: {last:.3f} at the end"
         axes.plot(*zip(*history.valid), "o-", color=colour, markersize=3.5, label=label)
     axes.axhline(bigram, color="grey", linestyle="--", linewidth=1, label=f"bigram: {bigram:.3f}")
-    lowest = min(value for history in histories.values() for _, value in history.valid)
-    axes.set_ylim(0.9 * lowest, 1.35 * max(bigram, lowest))
+    best = min(value for history in histories.values() for _, value in history.valid)
+    axes.set_ylim(0.9 * min(best, bigram), 1.35 * max(best, bigram))
     axes.set_xlabel("steps")
     axes.set_ylabel("bits per byte")
     axes.set_title(title, fontsize=10)
