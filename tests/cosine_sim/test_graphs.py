@@ -1,5 +1,7 @@
 """What a compiler and an exported program see: the op itself, and one private op below it."""
 
+import textwrap
+
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
@@ -31,14 +33,18 @@ def exported() -> torch.export.ExportedProgram:
 
 
 def calls(graph: torch.fx.Graph) -> str:
-    return "\n".join(str(node.format_node()) for node in graph.nodes if "attn" in str(node.target))
+    nodes = [node for node in graph.nodes if "attn" in str(node.target)]
+    lines = (f"{node.target}{(*node.args, node.kwargs)}" for node in nodes)
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent="    ") for line in lines)
 
 
 def test_exported_graph_is_the_op() -> None:
     program = exported()
     assert_expected_inline(
         calls(program.graph),
-        """%cosine_sim : [num_users=1] = call_function[target=torch.ops.attn.cosine_sim.default](args = (%query, %key, %value, None, %bias), kwargs = {causal: True, scale: 5.0})""",
+        """\
+attn.cosine_sim.default(query, key, value, None, bias, {'causal': True, 'scale':
+    5.0})""",
     )
     assert sum(node.op == "call_function" for node in program.graph.nodes) == 1
 
@@ -46,7 +52,9 @@ def test_exported_graph_is_the_op() -> None:
 def test_decomposed_graph_is_the_private_op() -> None:
     assert_expected_inline(
         calls(exported().run_decompositions().graph),
-        """%_cosine_sim_fwd : [num_users=1] = call_function[target=torch.ops.attn._cosine_sim_fwd.default](args = (%query, %key, %value, None, %unsqueeze, None, None, None, None, None, None, None, 1099511627776, 0, 5.0, 1), kwargs = {})""",
+        """\
+attn._cosine_sim_fwd.default(query, key, value, None, unsqueeze, None, None,
+    None, None, None, None, None, 1099511627776, 0, 5.0, 1, {})""",
     )
 
 
@@ -57,6 +65,10 @@ def test_traced_graph_of_forward_and_backward() -> None:
     assert_expected_inline(
         calls(make_fx(step)(*inputs()).graph),
         """\
-%_cosine_sim_fwd : [num_users=2] = call_function[target=torch.ops.attn._cosine_sim_fwd.default](args = (%arg0_1, %arg1_1, %arg2_1, None, %unsqueeze, None, None, None, None, None, None, None, 1099511627776, 0, 5.0, 1), kwargs = {})
-%_cosine_sim_bwd : [num_users=9] = call_function[target=torch.ops.attn._cosine_sim_bwd.default](args = (%expand, None, %arg0_1, %arg1_1, %arg2_1, None, %unsqueeze, None, None, None, None, None, None, None, %getitem, %getitem_1, 1099511627776, 0, 5.0, 1, [True, False, False, False, False, False, False, False, False]), kwargs = {})""",
+attn._cosine_sim_fwd.default(arg0_1, arg1_1, arg2_1, None, unsqueeze, None,
+    None, None, None, None, None, None, 1099511627776, 0, 5.0, 1, {})
+attn._cosine_sim_bwd.default(expand, None, arg0_1, arg1_1, arg2_1, None,
+    unsqueeze, None, None, None, None, None, None, None, getitem, getitem_1,
+    1099511627776, 0, 5.0, 1, [True, False, False, False, False, False, False,
+    False, False], {})""",
     )

@@ -1,0 +1,447 @@
+"""Every text of an error, pinned: the op, the argument, what was expected, what came.
+
+EXPECTTEST_ACCEPT=1 rewrites them. Each is raised in eager mode and while tracing.
+"""
+
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch._dynamo.exc import TorchRuntimeError
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import attn_ops
+
+attend = torch.ops.attn.cosine_sim
+ERRORS = (ValueError, TypeError, NotImplementedError)
+
+
+def ones(*sizes: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.ones(sizes, dtype=dtype, device=device)
+
+
+Q, K, V = ones(2, 4, 5, 8), ones(2, 2, 7, 8), ones(2, 2, 7, 6)
+MERGED = (ones(4, 5, 8), ones(4, 7, 8), ones(4, 7, 6))
+PACKED = (ones(1, 4, 5, 8), ones(1, 2, 7, 8), ones(1, 2, 7, 6))
+OFFSETS_Q, OFFSETS_K = torch.tensor([0, 2, 5]), torch.tensor([0, 3, 7])
+TRUE = ones(1).bool()
+
+
+def case(*args: Any, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, options
+
+
+CASES = {
+    "query of rank 2": case(ones(5, 8), K, V),
+    "query of integers": case(Q.int(), K, V),
+    "query of complex numbers": case(Q.to(torch.complex64), K, V),
+    "query sparse": case(Q.to_sparse(), K, V),
+    "query nested": case(torch.nested.nested_tensor([Q[0], Q[1]]), K, V),
+    "query too wide": case(ones(2, 4, 5, 257), ones(2, 2, 7, 257), V),
+    "query of width 0": case(ones(2, 4, 5, 0), ones(2, 2, 7, 0), V),
+    "key of rank 2": case(Q, ones(7, 8), V),
+    "key of rank 4 beside a merged query": case(MERGED[0], K, V),
+    "value of rank 4 beside a merged query": case(*MERGED[:2], V),
+    "key of another dtype": case(Q, K.half(), V),
+    "key on another device": case(Q, K.to("meta"), V),
+    "key of another width": case(Q, ones(2, 2, 7, 16), V),
+    "key of another batch size": case(Q, ones(3, 2, 7, 8), ones(3, 2, 7, 6)),
+    "key broadcast over the batch": case(Q, ones(1, 2, 7, 8), ones(1, 2, 7, 6)),
+    "heads that do not divide": case(Q, ones(2, 3, 7, 8), ones(2, 3, 7, 6)),
+    "key of no heads": case(Q, ones(2, 0, 7, 8), ones(2, 0, 7, 6)),
+    "value of another rank than key": case(Q, ones(2, 7, 8), V),
+    "value of another dtype": case(Q, K, V.double()),
+    "value of another batch size": case(Q, K, ones(3, 2, 7, 6)),
+    "value of another length": case(Q, K, ones(2, 2, 8, 6)),
+    "value of other heads": case(Q, K, ones(2, 4, 7, 6)),
+    "value too wide": case(Q, K, ones(2, 2, 7, 300)),
+    "mask of floats": case(Q, K, V, ones(2, 7)),
+    "mask of integers": case(Q, K, V, ones(2, 7).int()),
+    "mask of rank 3": case(Q, K, V, TRUE.expand(4, 5, 7)),
+    "mask of another length": case(Q, K, V, TRUE.expand(2, 8)),
+    "mask that does not broadcast": case(Q, K, V, TRUE.expand(2, 2, 5, 7)),
+    "mask on another device": case(Q, K, V, TRUE.expand(2, 7).to("meta")),
+    "mask sparse": case(Q, K, V, TRUE.expand(2, 7).to_sparse()),
+    "bias of rank 2": case(Q, K, V, bias=ones(5, 7)),
+    "bias of other heads": case(Q, K, V, bias=ones(2, 5, 7)),
+    "bias of merged heads": case(*MERGED, bias=ones(1, 5, 7)),
+    "bias that does not broadcast": case(Q, K, V, bias=ones(2, 4, 7, 5)),
+    "bias of booleans": case(Q, K, V, bias=TRUE.expand(4, 5, 7)),
+    "bias too precise": case(Q, K, V, bias=ones(4, 5, 7, dtype=torch.float64)),
+    "bias of the other half": case(
+        Q.half(), K.half(), V.half(), bias=ones(4, 5, 7, dtype=torch.bfloat16)
+    ),
+    "bias on another device": case(Q, K, V, bias=ones(4, 5, 7, device="meta")),
+    "relative_bias of rank 1": case(Q, K, V, relative_bias=ones(11)),
+    "relative_bias too short": case(Q, K, V, relative_bias=ones(4, 10)),
+    "relative_bias of other heads": case(Q, K, V, relative_bias=ones(2, 11)),
+    "relative_bias of unequal packed lengths": case(
+        *PACKED, cu_seqlens_q=OFFSETS_Q, cu_seqlens_k=OFFSETS_K, relative_bias=ones(4, 11)
+    ),
+    "window without causal": case(Q, K, V, window=3),
+    "window of 0": case(Q, K, V, causal=True, window=0),
+    "sink of rank 2": case(Q, K, V, sink=ones(4, 1)),
+    "sink of other heads": case(Q, K, V, sink=ones(2)),
+    "sink of integers": case(Q, K, V, sink=ones(4).long()),
+    "cu_seqlens_k alone": case(*PACKED, cu_seqlens_k=OFFSETS_K),
+    "cu_seqlens_q alone": case(*PACKED, cu_seqlens_q=OFFSETS_Q),
+    "cu_seqlens of floats": case(*PACKED, cu_seqlens_q=ones(3), cu_seqlens_k=OFFSETS_K),
+    "cu_seqlens of rank 2": case(*PACKED, cu_seqlens_q=OFFSETS_Q[None], cu_seqlens_k=OFFSETS_K),
+    "cu_seqlens of one offset": case(
+        *PACKED, cu_seqlens_q=OFFSETS_Q[:1], cu_seqlens_k=OFFSETS_K[:1]
+    ),
+    "cu_seqlens of unequal numbers": case(
+        *PACKED, cu_seqlens_q=OFFSETS_Q, cu_seqlens_k=OFFSETS_K[:2]
+    ),
+    "cu_seqlens on another device": case(
+        *PACKED, cu_seqlens_q=OFFSETS_Q, cu_seqlens_k=OFFSETS_K.to("meta")
+    ),
+    "cu_seqlens of a batch": case(Q, K, V, cu_seqlens_q=OFFSETS_Q, cu_seqlens_k=OFFSETS_K),
+    "cu_seqlens sparse": case(*PACKED, cu_seqlens_q=OFFSETS_Q.to_sparse(), cu_seqlens_k=OFFSETS_K),
+    "scale infinite": case(Q, K, V, scale=float("inf")),
+    "scale not a number": case(Q, K, V, scale=float("nan")),
+    "groups of 0": case(Q, K, V, groups=0),
+    "groups that do not divide": case(Q, K, V, groups=3),
+    "head_scale of other heads": case(Q, K, V, head_scale=ones(2)),
+    "head_scale too precise": case(Q, K, V, head_scale=ones(4, dtype=torch.float64)),
+    "query_gain without norms": case(Q, K, V, normalize=False, query_gain=ones(8)),
+    "key_gain without norms": case(Q, K, V, normalize=False, key_gain=ones(8)),
+    "query_gain of another width": case(Q, K, V, query_gain=ones(9)),
+    "query_gain of key heads": case(Q, K, V, query_gain=ones(2, 8)),
+    "key_gain of query heads": case(Q, K, V, key_gain=ones(4, 8)),
+    "key_gain of rank 3": case(Q, K, V, key_gain=ones(1, 2, 8)),
+    "key_gain of integers": case(Q, K, V, key_gain=ones(8).int()),
+}
+
+
+def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> Exception:
+    with pytest.raises(ERRORS) as caught:
+        function(*args, **options)
+    return caught.value
+
+
+def described(name: str, error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    return f"{name}\n" + textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="    ")
+
+
+def texts(function: Callable[..., Any], cases: dict[str, Any]) -> str:
+    errors = {name: error_of(function, *args, **kw) for name, (args, kw) in cases.items()}
+    return "\n".join(described(name, error) for name, error in errors.items())
+
+
+def test_texts() -> None:
+    assert_expected_inline(
+        texts(attend, CASES),
+        """\
+query of rank 2
+    ValueError: cosine_sim: query must have shape [B, H, M, D] or [BH, M, D], got (5, 8)
+query of integers
+    TypeError: cosine_sim: query must be float64, float32, bfloat16 or float16, got torch.int32
+query of complex numbers
+    TypeError: cosine_sim: query must be float64, float32, bfloat16 or float16, got
+    torch.complex64
+query sparse
+    NotImplementedError: cosine_sim: query must be a dense tensor, got torch.sparse_coo; pack
+    sequences of several lengths with cu_seqlens
+query nested
+    NotImplementedError: cosine_sim: query must be a dense tensor, got a nested tensor; pack
+    sequences of several lengths with cu_seqlens
+query too wide
+    ValueError: cosine_sim: query must have width D from 1 to 256, got 257
+query of width 0
+    ValueError: cosine_sim: query must have width D from 1 to 256, got 0
+key of rank 2
+    ValueError: cosine_sim: key must have shape [B, Hk, N, D] or [B, N, D], got (7, 8)
+key of rank 4 beside a merged query
+    ValueError: cosine_sim: key must have shape [BH, N, D] beside a query of rank 3, got (2, 2,
+    7, 8)
+value of rank 4 beside a merged query
+    ValueError: cosine_sim: value must have shape [BH, N, E] beside a query of rank 3, got (2,
+    2, 7, 6)
+key of another dtype
+    TypeError: cosine_sim: key must be torch.float32 like query, got torch.float16
+key on another device
+    ValueError: cosine_sim: key must be on cpu like query, got meta
+key of another width
+    ValueError: cosine_sim: key must have width D=8 like query, got (2, 2, 7, 16)
+key of another batch size
+    ValueError: cosine_sim: key must have batch size B=2 like query, got (3, 2, 7, 8)
+key broadcast over the batch
+    ValueError: cosine_sim: key must have batch size B=2 like query, got (1, 2, 7, 8)
+heads that do not divide
+    ValueError: cosine_sim: key must have a number of heads that divides H=4, got (2, 3, 7, 8)
+key of no heads
+    ValueError: cosine_sim: key must have a number of heads that divides H=4, got (2, 0, 7, 8)
+value of another rank than key
+    ValueError: cosine_sim: value must have shape [B, N, E] beside a key of rank 3, got (2, 2,
+    7, 6)
+value of another dtype
+    TypeError: cosine_sim: value must be torch.float32 like query, got torch.float64
+value of another batch size
+    ValueError: cosine_sim: value must have batch size B=2 like query, got (3, 2, 7, 6)
+value of another length
+    ValueError: cosine_sim: value must have [Hk, N]=(2, 7) like key, got (2, 2, 8, 6)
+value of other heads
+    ValueError: cosine_sim: value must have [Hk, N]=(2, 7) like key, got (2, 4, 7, 6)
+value too wide
+    ValueError: cosine_sim: value must have width E from 1 to 256, got 300
+mask of floats
+    TypeError: cosine_sim: mask must be bool (True = may attend), got torch.float32; an additive
+    mask is a bias
+mask of integers
+    TypeError: cosine_sim: mask must be bool (True = may attend), got torch.int32
+mask of rank 3
+    ValueError: cosine_sim: mask must have shape [B, N] or broadcastable to [B, H, M, N], got
+    (4, 5, 7)
+mask of another length
+    ValueError: cosine_sim: mask must have shape [B, N]=(2, 7), got (2, 8)
+mask that does not broadcast
+    ValueError: cosine_sim: mask must be broadcastable to [B, H, M, N]=(2, 4, 5, 7), got (2, 2,
+    5, 7)
+mask on another device
+    ValueError: cosine_sim: mask must be on cpu like query, got meta
+mask sparse
+    NotImplementedError: cosine_sim: mask must be a dense tensor, got torch.sparse_coo; pack
+    sequences of several lengths with cu_seqlens
+bias of rank 2
+    ValueError: cosine_sim: bias must have shape [H, M, N] or broadcastable to [B, H, M, N], got
+    (5, 7)
+bias of other heads
+    ValueError: cosine_sim: bias must have shape [H, M, N]=(4, 5, 7), got (2, 5, 7)
+bias of merged heads
+    ValueError: cosine_sim: bias must have shape [BH, M, N]=(4, 5, 7), got (1, 5, 7)
+bias that does not broadcast
+    ValueError: cosine_sim: bias must be broadcastable to [B, H, M, N]=(2, 4, 5, 7), got (2, 4,
+    7, 5)
+bias of booleans
+    TypeError: cosine_sim: bias must be float64, float32, bfloat16 or float16, got torch.bool
+bias too precise
+    TypeError: cosine_sim: bias must be torch.float32 beside this query, got torch.float64
+bias of the other half
+    TypeError: cosine_sim: bias must be torch.float16 or torch.float32 beside this query, got
+    torch.bfloat16
+bias on another device
+    ValueError: cosine_sim: bias must be on cpu like query, got meta
+relative_bias of rank 1
+    ValueError: cosine_sim: relative_bias must have shape [H or 1, M+N-1], got (11,)
+relative_bias too short
+    ValueError: cosine_sim: relative_bias must have shape [H or 1, M+N-1]=(4, 11), got (4, 10)
+relative_bias of other heads
+    ValueError: cosine_sim: relative_bias must have shape [H or 1, M+N-1]=(4, 11), got (2, 11)
+relative_bias of unequal packed lengths
+    ValueError: cosine_sim: cu_seqlens_k must have as many keys as queries beside relative_bias,
+    got 5 queries, 7 keys
+window without causal
+    ValueError: cosine_sim: window must come with causal=True, got causal=False
+window of 0
+    ValueError: cosine_sim: window must be at least 1, got 0
+sink of rank 2
+    ValueError: cosine_sim: sink must have shape [H]=(4,), got (4, 1)
+sink of other heads
+    ValueError: cosine_sim: sink must have shape [H]=(4,), got (2,)
+sink of integers
+    TypeError: cosine_sim: sink must be float64, float32, bfloat16 or float16, got torch.int64
+cu_seqlens_k alone
+    ValueError: cosine_sim: cu_seqlens_q must be given beside the other cu_seqlens, got None
+cu_seqlens_q alone
+    ValueError: cosine_sim: cu_seqlens_k must be given beside the other cu_seqlens, got None
+cu_seqlens of floats
+    TypeError: cosine_sim: cu_seqlens_q must be int32 or int64, got torch.float32
+cu_seqlens of rank 2
+    ValueError: cosine_sim: cu_seqlens_q must have shape [S+1], got (1, 3)
+cu_seqlens of one offset
+    ValueError: cosine_sim: cu_seqlens_q must have at least 2 offsets, [0, length], got (1,)
+cu_seqlens of unequal numbers
+    ValueError: cosine_sim: cu_seqlens_k must have shape [S+1] like cu_seqlens_q=(3,), got (2,)
+cu_seqlens on another device
+    ValueError: cosine_sim: cu_seqlens_k must be on cpu like query, got meta
+cu_seqlens of a batch
+    ValueError: cosine_sim: query must be packed into batch size B=1 beside cu_seqlens, got (2,
+    4, 5, 8)
+cu_seqlens sparse
+    NotImplementedError: cosine_sim: cu_seqlens_q must be a dense tensor, got torch.sparse_coo;
+    pack sequences of several lengths with cu_seqlens
+scale infinite
+    ValueError: cosine_sim: scale must be finite, got inf
+scale not a number
+    ValueError: cosine_sim: scale must be finite, got nan
+groups of 0
+    ValueError: cosine_sim: groups must be at least 1 and divide D=8, got 0
+groups that do not divide
+    ValueError: cosine_sim: groups must be at least 1 and divide D=8, got 3
+head_scale of other heads
+    ValueError: cosine_sim: head_scale must have shape [H]=(4,), got (2,)
+head_scale too precise
+    TypeError: cosine_sim: head_scale must be torch.float32 beside this query, got torch.float64
+query_gain without norms
+    ValueError: cosine_sim: query_gain must come with normalize=True, got normalize=False
+key_gain without norms
+    ValueError: cosine_sim: key_gain must come with normalize=True, got normalize=False
+query_gain of another width
+    ValueError: cosine_sim: query_gain must have shape [D] or [H, D]=(4, 8), got (9,)
+query_gain of key heads
+    ValueError: cosine_sim: query_gain must have shape [D] or [H, D]=(4, 8), got (2, 8)
+key_gain of query heads
+    ValueError: cosine_sim: key_gain must have shape [D] or [Hk, D]=(2, 8), got (4, 8)
+key_gain of rank 3
+    ValueError: cosine_sim: key_gain must have shape [D] or [Hk, D], got (1, 2, 8)
+key_gain of integers
+    TypeError: cosine_sim: key_gain must be float64, float32, bfloat16 or float16, got
+    torch.int32""",
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_lse_names_itself_in_the_same_words(name: str) -> None:
+    args, options = CASES[name]
+    expected = error_of(attend, *args, **options)
+    error = error_of(torch.ops.attn.cosine_sim_with_lse, *args, **options)
+    assert type(error) is type(expected)
+    assert str(error) == str(expected).replace("cosine_sim:", "cosine_sim_with_lse:", 1)
+
+
+NOT_TRACED = ("query sparse", "query nested", "mask sparse", "cu_seqlens sparse")
+
+
+@pytest.mark.parametrize("mode", ("fake", "symbolic"))
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_TRACED])
+def test_tracing_raises_the_same(name: str, mode: str) -> None:
+    """make_fx with fake tensors, as export and AOTAutograd trace; symbols stand for sizes."""
+    args, options = CASES[name]
+    expected = error_of(attend, *args, **options)
+    tensors = {k: x for k, x in options.items() if isinstance(x, Tensor)}
+    rest = {k: x for k, x in options.items() if k not in tensors}
+
+    def call(args: tuple[Tensor, ...], tensors: dict[str, Tensor]) -> Tensor:
+        return attend(*args, **tensors, **rest)
+
+    def without_sizes(error: Exception) -> str:
+        return re.sub(r"s?\d+( [+-] s?\d+)*", "#", str(error).split(", got")[0])
+
+    error = error_of(make_fx(call, tracing_mode=mode), args, tensors)
+    assert type(error) is type(expected)
+    assert without_sizes(error) == without_sizes(expected)
+
+
+COMPILED = (
+    "key of another width",
+    "key of another dtype",
+    "key on another device",
+    "mask of floats",
+    "bias that does not broadcast",
+    "relative_bias too short",
+    "window without causal",
+    "cu_seqlens of floats",
+    "scale infinite",
+    "groups that do not divide",
+    "key_gain of query heads",
+)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiling_raises_the_same_words(name: str) -> None:
+    args, options = CASES[name]
+    expected = error_of(attend, *args, **options)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *args: attend(*args, **options), backend="eager")
+    with pytest.raises((TorchRuntimeError, *ERRORS)) as caught:
+        compiled(*args)
+    assert str(expected).split(", got")[0] in str(caught.value)
+
+
+def test_exporting_raises_the_same() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend(query, key, value)
+
+    args = CASES["key of another width"][0]
+    error = error_of(lambda: torch.export.export(Module(), args, strict=False))
+    assert str(error) == str(error_of(attend, *args))
+
+
+FUNCTION = {
+    "query a list": case([1.0], K, V),
+    "mask a list": case(Q, K, V, [True]),
+    "bias a number": case(Q, K, V, bias=1.0),
+    "sink a list": case(Q, K, V, sink=[0.0] * 4),
+    "cu_seqlens a list": case(*PACKED, cu_seqlens_q=[0, 5], cu_seqlens_k=OFFSETS_K),
+    "scale a word": case(Q, K, V, scale="large"),
+    "scale a truth": case(Q, K, V, scale=True),
+    "scale beyond every float": case(Q, K, V, scale=10**400),
+    "scale of other heads": case(Q, K, V, scale=ones(2)),
+    "scale of integers": case(Q, K, V, scale=ones(4).int()),
+    "scale on another device": case(Q, K, V, scale=ones(4, device="meta")),
+    "scale beside a query of rank 1": case(ones(8), K, V, scale=ones(4)),
+    "scale beside another head_scale": case(Q, K, V, scale=ones(4), head_scale=ones(2)),
+    "window a float": case(Q, K, V, causal=True, window=1.5),
+    "window a tensor": case(Q, K, V, causal=True, window=torch.tensor(2)),
+    "window of 65 bits": case(Q, K, V, causal=True, window=1 << 64),
+    "groups a float": case(Q, K, V, groups=2.0),
+    "groups nothing": case(Q, K, V, groups=None),
+    "causal a tensor": case(Q, K, V, causal=TRUE),
+    "causal nothing": case(Q, K, V, causal=None),
+    "normalize a number": case(Q, K, V, normalize=1),
+}
+
+
+def test_texts_of_the_python_function() -> None:
+    assert_expected_inline(
+        texts(attn_ops.cosine_sim_attention, FUNCTION),
+        """\
+query a list
+    TypeError: cosine_sim_attention: query must be a Tensor, got list
+mask a list
+    TypeError: cosine_sim_attention: mask must be a Tensor or None, got list
+bias a number
+    TypeError: cosine_sim_attention: bias must be a Tensor or None, got float
+sink a list
+    TypeError: cosine_sim_attention: sink must be a Tensor or None, got list
+cu_seqlens a list
+    TypeError: cosine_sim_attention: cu_seqlens_q must be a Tensor or None, got list
+scale a word
+    TypeError: cosine_sim_attention: scale must be a float, got str
+scale a truth
+    TypeError: cosine_sim_attention: scale must be a float, got bool
+scale beyond every float
+    ValueError: cosine_sim_attention: scale must be finite, got an int beyond every float
+scale of other heads
+    ValueError: cosine_sim_attention: scale must have shape [H]=(4,), got (2,)
+scale of integers
+    TypeError: cosine_sim_attention: scale must be float64, float32, bfloat16 or float16, got
+    torch.int32
+scale on another device
+    ValueError: cosine_sim_attention: scale must be on cpu like query, got meta
+scale beside a query of rank 1
+    ValueError: cosine_sim_attention: query must have shape [B, H, M, D] or [BH, M, D], got (8,)
+scale beside another head_scale
+    ValueError: cosine_sim_attention: head_scale must have shape [H]=(4,), got (2,)
+window a float
+    TypeError: cosine_sim_attention: window must be an int, got float
+window a tensor
+    TypeError: cosine_sim_attention: window must be an int, got Tensor
+window of 65 bits
+    ValueError: cosine_sim_attention: window must be an int of 64 bits, got 18446744073709551616
+groups a float
+    TypeError: cosine_sim_attention: groups must be an int, got float
+groups nothing
+    TypeError: cosine_sim_attention: groups must be an int, got NoneType
+causal a tensor
+    TypeError: cosine_sim_attention: causal must be a bool, got Tensor
+causal nothing
+    TypeError: cosine_sim_attention: causal must be a bool, got NoneType
+normalize a number
+    TypeError: cosine_sim_attention: normalize must be a bool, got int""",
+    )
+
+
+def test_forward_of_bad_input_touches_no_memory() -> None:
+    """Tensors of a terabyte that exist only as views: an error comes, not an allocation."""
+    huge = ones(1).expand(1, 1, 1 << 19, 8)
+    with pytest.raises(ValueError, match="mask must have shape"):
+        attend(huge, huge, huge, TRUE.expand(1, 1 << 20))
