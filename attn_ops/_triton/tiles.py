@@ -70,15 +70,13 @@ def store_rows(
 
 
 @triton.jit
-def load_pairs(view, batch, head, queries, keys, num_queries, num_keys):
-    """Entries of a [B, H, M, N] tensor at the pairs that `queries` and `keys` span.
+def load_pairs(start, row_stride, column_stride, queries, keys, inside):
+    """Entries of an [M, N] matrix at the pairs that `queries` and `keys` span, 0 outside.
 
     One is a column and one a row vector, in either order: the tile comes out accordingly.
     """
-    start = batch * view.batch + head * view.head
-    offsets = queries.to(tl.int64) * view.row + keys.to(tl.int64) * view.column
-    inside = (queries < num_queries) & (keys < num_keys)
-    return tl.load(view.pointer + start + offsets, mask=inside, other=0)
+    offsets = queries.to(tl.int64) * row_stride + keys.to(tl.int64) * column_stride
+    return tl.load(start + offsets, mask=inside, other=0)
 
 
 @triton.jit

@@ -14,29 +14,25 @@ import triton.language as tl
 from torch import Tensor
 
 
-class Bounds(NamedTuple):
-    """start, stop: int32 [1 or B, rows]; `batch` is the stride between batches."""
+class Band(NamedTuple):
+    """Row m, at p = m + offset, sees [p - left, p + right] and, unless None, [start, stop).
 
+    start, stop: int32 [1 or B, rows]; `batch` is their stride between batches.
+    """
+
+    offset: Any
+    left: Any
+    right: Any
     start: Any
     stop: Any
     batch: Any
 
 
-class Band(NamedTuple):
-    """Row m, at position m + offset, sees [position - left, position + right] within the bounds."""
-
-    offset: Any
-    left: Any
-    right: Any
-    bounds: Any
-
-
 def _band(offset: int, left: int, right: int, start: Tensor | None, stop: Tensor | None) -> Band:
     if start is None or stop is None:
-        return Band(offset, left, right, None)
+        return Band(offset, left, right, None, None, None)
     start, stop = start.contiguous(), stop.contiguous()
-    between_batches = 0 if start.shape[0] == 1 else start.shape[1]
-    return Band(offset, left, right, Bounds(start, stop, between_batches))
+    return Band(offset, left, right, start, stop, 0 if start.shape[0] == 1 else start.shape[1])
 
 
 def _clamped(num_queries: int, num_keys: int, left: int, right: int) -> tuple[int, int]:
@@ -86,10 +82,10 @@ def interval(band, batch, rows, num_rows, num_columns):
     rows = tl.minimum(rows, num_rows - 1)
     first = tl.maximum(rows + (band.offset - band.left), 0)
     past = tl.minimum(rows + (band.offset + band.right + 1), num_columns)
-    if band.bounds is not None:
-        rows = batch * band.bounds.batch + rows
-        first = tl.maximum(first, tl.load(band.bounds.start + rows))
-        past = tl.minimum(past, tl.load(band.bounds.stop + rows))
+    if band.start is not None:
+        rows = batch * band.batch + rows
+        first = tl.maximum(first, tl.load(band.start + rows))
+        past = tl.minimum(past, tl.load(band.stop + rows))
     return first, tl.maximum(past, 0)
 
 

@@ -46,6 +46,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
         launch(
             triton_forward.forward_kernel, batch * heads * triton.cdiv(num_queries, sizes.rows),
             sizes, *core.operands(), strided(out), lse, contiguous(inputs.sink), core.scoring,
+            core.terms,
             inputs.keys_seen(), fixed_shift(inputs),
             **core.constants, BM=sizes.rows, BN=sizes.columns,
         )  # fmt: skip
@@ -122,7 +123,8 @@ def _query_side(
     launch(
         triton_backward.grad_query_kernel, batch * heads * triton.cdiv(num_queries, sizes.rows),
         sizes, *core.operands(), *rows.operands(), strided(grad), inputs.scale if direct else 1.0,
-        core.scoring, inputs.keys_seen(), **core.constants, BM=sizes.rows, BN=sizes.columns,
+        core.scoring, core.terms, inputs.keys_seen(), **core.constants, BM=sizes.rows,
+        BN=sizes.columns,
     )  # fmt: skip
     if direct:
         return {"query": grad}
@@ -149,7 +151,7 @@ def _key_side(inputs: Inputs, core: Core, rows: Rows, wanted: set[str]) -> dict[
         sizes, *core.operands(), *rows.operands(),
         None if grad is None else strided(grad),
         None if grad_value is None else strided(grad_value),
-        inputs.scale if direct else 1.0, share, core.scoring, inputs.queries_seeing(),
+        inputs.scale if direct else 1.0, share, core.scoring, core.terms, inputs.queries_seeing(),
         **core.constants, BN=sizes.rows, BM=sizes.columns,
     )  # fmt: skip
     if grad is None or direct:
@@ -210,7 +212,7 @@ def _grad_bias(core: Core, rows: Rows, band: Band, bias: Tensor) -> Tensor:
     launch(
         triton_bias.grad_bias_kernel, own[0] * own[1] * own[2] * own[3], sizes,
         *core.operands(), *rows.operands(), grad, bias.shape[2], bias.shape[3], *own[1:], *summed,
-        core.scoring, band, **core.constants, BM=sizes.rows, BN=sizes.columns,
+        core.scoring, core.terms, band, **core.constants, BM=sizes.rows, BN=sizes.columns,
     )  # fmt: skip
     return grad
 
@@ -222,7 +224,7 @@ def _grad_relative_bias(core: Core, rows: Rows, band: Band) -> Tensor:
     sizes = core.sizes(GRAD_RELATIVE_BIAS)
     launch(
         triton_bias.grad_relative_bias_kernel, heads * triton.cdiv(diagonals, sizes.columns), sizes,
-        *core.operands(), *rows.operands(), grad, batch, core.scoring, band,
+        *core.operands(), *rows.operands(), grad, batch, core.scoring, core.terms, band,
         **core.constants, BM=sizes.rows, BO=sizes.columns,
     )  # fmt: skip
     return grad

@@ -55,7 +55,8 @@ def load_row_statistics(
 
 @triton.jit
 def grad_of_scores(
-    rows, columns, grad_rows, grad_columns, lse, delta, scoring, batch, head, queries, keys, factor,
+    rows, columns, grad_rows, grad_columns, lse, delta, scoring, terms, batch, head, queries, keys,
+    factor,
     limit_columns, limits, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """weights and grad_score, [queries, keys] or [keys, queries], whichever the rows are.
@@ -65,7 +66,7 @@ def grad_of_scores(
     """
     score = tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * factor
     score = add_pair_terms(
-        score, scoring.terms, batch, head, queries, keys, scoring.num_queries, scoring.num_keys
+        score, terms, batch, head, queries, keys, scoring.num_queries, scoring.num_keys
     )
     score = hide_outside(score, limit_columns, limits)
     weights = probabilities(score, lse, BITS)
@@ -75,7 +76,8 @@ def grad_of_scores(
 
 @triton.jit
 def _sweep_keys(
-    grad_q, q, do, key, value, row_lse, row_delta, scoring, batch, head, queries, factor, limits,
+    grad_q, q, do, key, value, row_lse, row_delta, scoring, terms, batch, head, queries, factor,
+    limits,
     num_keys, begin, count, before, gap,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +89,7 @@ def _sweep_keys(
         k = load_rows(key, batch, kv_head, first_key, num_keys, D, BN, q.shape[1])
         v = load_rows(value, batch, kv_head, first_key, num_keys, E, BN, do.shape[1])
         _, grad_score = grad_of_scores(
-            q, k, do, v, row_lse[:, None], row_delta[:, None], scoring, batch, head,
+            q, k, do, v, row_lse[:, None], row_delta[:, None], scoring, terms, batch, head,
             queries[:, None], keys, factor, keys, limits, BITS, PRECISION,
         )  # fmt: skip
         grad_q = tl.dot(grad_score.to(k.dtype), k, grad_q, input_precision=PRECISION)
@@ -96,7 +98,7 @@ def _sweep_keys(
 
 @triton.jit
 def grad_query_kernel(
-    query, key, value, grad_out, lse, delta, grad_query, grad_factor, scoring, band,
+    query, key, value, grad_out, lse, delta, grad_query, grad_factor, scoring, terms, band,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -119,12 +121,13 @@ def grad_query_kernel(
     row_lse, row_delta = load_row_statistics(lse, delta, scoring, batch, head, block * BM, BM, BITS)
     grad_q = tl.zeros([BM, BD], tl.float32)
     grad_q = _sweep_keys(
-        grad_q, q, do, key, value, row_lse, row_delta, scoring, batch, head, queries, factor, None,
+        grad_q, q, do, key, value, row_lse, row_delta, scoring, terms, batch, head, queries,
+        factor, None,
         None, full_begin, full_end - full_begin, 0, 0, D, E, BN, BITS, PRECISION,
     )  # fmt: skip
     left, right = full_begin - begin, end - full_end
     grad_q = _sweep_keys(
-        grad_q, q, do, key, value, row_lse, row_delta, scoring, batch, head, queries, factor,
+        grad_q, q, do, key, value, row_lse, row_delta, scoring, terms, batch, head, queries, factor,
         (first, past), num_keys, begin, left + right, left, full_end - full_begin,
         D, E, BN, BITS, PRECISION,
     )  # fmt: skip
@@ -133,7 +136,8 @@ def grad_query_kernel(
 
 @triton.jit
 def _sweep_queries(
-    grad_k, grad_v, k, v, query, grad_out, lse, delta, scoring, batch, head, keys, factor, share,
+    grad_k, grad_v, k, v, query, grad_out, lse, delta, scoring, terms, batch, head, keys, factor,
+    share,
     limits, num_queries, begin, count, before, gap,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +151,7 @@ def _sweep_queries(
             lse, delta, scoring, batch, head, first_query, BM, BITS
         )
         weights, grad_score = grad_of_scores(
-            k, q, v, do, row_lse[None, :], row_delta[None, :], scoring, batch, head,
+            k, q, v, do, row_lse[None, :], row_delta[None, :], scoring, terms, batch, head,
             queries, keys[:, None], factor, queries, limits, BITS, PRECISION,
         )  # fmt: skip
         grad_v = tl.dot(weights.to(do.dtype), do, grad_v, input_precision=PRECISION)
@@ -159,7 +163,8 @@ def _sweep_queries(
 
 @triton.jit
 def grad_key_value_kernel(
-    query, key, value, grad_out, lse, delta, grad_key, grad_value, grad_factor, head_share, scoring,
+    query, key, value, grad_out, lse, delta, grad_key, grad_value, grad_factor, head_share,
+    scoring, terms,
     band, D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -192,12 +197,14 @@ def grad_key_value_kernel(
             factor *= tl.load(scoring.head_scale + head)
             share = tl.load(head_share + head)
         grad_k, grad_v = _sweep_queries(
-            grad_k, grad_v, k, v, query, grad_out, lse, delta, scoring, batch, head, keys, factor,
+            grad_k, grad_v, k, v, query, grad_out, lse, delta, scoring, terms, batch, head, keys,
+            factor,
             share, None, None, full_begin, full_end - full_begin, 0, 0,
             D, E, BM, BITS, PRECISION,
         )  # fmt: skip
         grad_k, grad_v = _sweep_queries(
-            grad_k, grad_v, k, v, query, grad_out, lse, delta, scoring, batch, head, keys, factor,
+            grad_k, grad_v, k, v, query, grad_out, lse, delta, scoring, terms, batch, head, keys,
+            factor,
             share, (first, past), num_queries, begin, left + right, left, full_end - full_begin,
             D, E, BM, BITS, PRECISION,
         )  # fmt: skip

@@ -16,7 +16,8 @@ from attn_ops.cosine_sim.triton_backward import grad_of_scores, load_row_statist
 
 @triton.jit
 def _grad_score_tile(
-    query, key, value, grad_out, lse, delta, scoring, band, batch, head, first_query, first_key,
+    query, key, value, grad_out, lse, delta, scoring, terms, band, batch, head, first_query,
+    first_key,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +40,7 @@ def _grad_score_tile(
         if scoring.head_scale is not None:
             factor *= tl.load(scoring.head_scale + head)
         _, grad_score = grad_of_scores(
-            q, k, do, v, row_lse[:, None], row_delta[:, None], scoring, batch, head,
+            q, k, do, v, row_lse[:, None], row_delta[:, None], scoring, terms, batch, head,
             queries[:, None], keys, factor, keys, (first, past), BITS, PRECISION,
         )  # fmt: skip
     return grad_score
@@ -49,7 +50,7 @@ def _grad_score_tile(
 def grad_bias_kernel(
     query, key, value, grad_out, lse, delta, grad_bias, bias_rows, bias_columns,
     own_heads, own_row_blocks, own_column_blocks,
-    sum_batches, sum_heads, sum_row_blocks, sum_column_blocks, scoring, band,
+    sum_batches, sum_heads, sum_row_blocks, sum_column_blocks, scoring, terms, band,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +70,7 @@ def grad_bias_kernel(
         head = own_head + i // sum_column_blocks // sum_row_blocks % sum_heads
         batch = own_batch + i // sum_column_blocks // sum_row_blocks // sum_heads
         total += _grad_score_tile(
-            query, key, value, grad_out, lse, delta, scoring, band,
+            query, key, value, grad_out, lse, delta, scoring, terms, band,
             batch.to(tl.int64), head.to(tl.int64), row * BM, column * BN,
             D, E, BM, BN, BD, BE, BITS, PRECISION,
         )  # fmt: skip
@@ -87,7 +88,7 @@ def grad_bias_kernel(
 
 @triton.jit
 def grad_relative_bias_kernel(
-    query, key, value, grad_out, lse, delta, grad_relative_bias, num_batches, scoring, band,
+    query, key, value, grad_out, lse, delta, grad_relative_bias, num_batches, scoring, terms, band,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +112,7 @@ def grad_relative_bias_kernel(
         first_query = (begin + i // num_batches) * BM
         first_key = tl.maximum(first_query + shift, 0)
         grad_score = _grad_score_tile(
-            query, key, value, grad_out, lse, delta, scoring, band,
+            query, key, value, grad_out, lse, delta, scoring, terms, band,
             (i % num_batches).to(tl.int64), head, first_query, first_key,
             D, E, BM, BM + BO, BD, BE, BITS, PRECISION,
         )  # fmt: skip

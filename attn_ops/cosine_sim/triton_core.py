@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attn_ops._triton.bias import PairTerms
+from attn_ops._triton.bias import PairTerms, pair_terms
 from attn_ops._triton.launch import Launch, Table, choose, dot_precision, launch
 from attn_ops._triton.softmax import LOG2_E
 from attn_ops._triton.tiles import padded, strided
@@ -53,11 +53,10 @@ class Inputs(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How kernels get from q̂·k̂ to a score: factor * head_scale[h] * q̂·k̂, then the pair terms."""
+    """How kernels get from q̂·k̂ to a score: factor * head_scale[h] * q̂·k̂ and pair terms."""
 
     factor: Any
     head_scale: Any
-    terms: PairTerms
     num_heads: Any
     heads_per_group: Any
     num_queries: Any
@@ -72,6 +71,7 @@ class Core:
     key: Tensor
     value: Tensor
     scoring: Scoring
+    terms: PairTerms
     constants: dict[str, Any]
 
     def operands(self) -> tuple[Any, ...]:
@@ -79,8 +79,7 @@ class Core:
 
     def sizes(self, table: Table) -> Launch:
         widths = self.query.shape[3], self.value.shape[3]
-        plain = all(term is None for term in self.scoring.terms)
-        return choose(table, self.query, *widths, plain=plain)
+        return choose(table, self.query, *widths, plain=self.terms.absent())
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
@@ -114,26 +113,19 @@ def prepare(inputs: Inputs) -> Core:
     batch, heads, num_queries, width = inputs.query.shape
     kv_heads, num_keys, value_width = inputs.value.shape[1:]
     pairs = (batch, heads, num_queries, num_keys)
-    bias, relative_bias, mask = inputs.bias, inputs.relative_bias, inputs.mask
-    terms = PairTerms(
-        None if bias is None else strided(bias.expand(pairs)),
-        None if relative_bias is None else strided(relative_bias[None, :, None]),
-        None if mask is None else strided(mask.expand(pairs)),
-    )
+    terms = pair_terms(pairs, inputs.bias, inputs.mask, inputs.relative_bias)
     # Scores are in nats where there is a bias, in bits elsewhere: see _triton/softmax.py.
-    bits = 1.0 if bias is None and relative_bias is None else BITS_PER_NAT
+    bits = 1.0 if inputs.bias is None and inputs.relative_bias is None else BITS_PER_NAT
     factor = inputs.scale * (BITS_PER_NAT / bits)
     head_scale = contiguous(inputs.head_scale)
-    scoring = Scoring(
-        factor, head_scale, terms, heads, heads // kv_heads, num_queries, num_keys
-    )  # fmt: skip
+    scoring = Scoring(factor, head_scale, heads, heads // kv_heads, num_queries, num_keys)
     constants = {
         "D": width, "E": value_width, "BD": padded(width), "BE": padded(value_width),
         "BITS": bits, "PRECISION": dot_precision(),
     }  # fmt: skip
     query = _unit(inputs.query, inputs.query_gain, inputs.groups)
     key = _unit(inputs.key, inputs.key_gain, inputs.groups)
-    return Core(query, key, inputs.value, scoring, constants)
+    return Core(query, key, inputs.value, scoring, terms, constants)
 
 
 def fixed_shift(inputs: Inputs) -> float | None:

@@ -16,7 +16,7 @@ from attn_ops._triton.visibility import block_range, hide_outside, interval
 
 @triton.jit
 def _attend(
-    out, total, maximum, q, key, value, scoring, batch, head, queries, factor, shift, limits,
+    out, total, maximum, q, key, value, scoring, terms, batch, head, queries, factor, shift, limits,
     num_keys, begin, count, before, gap,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BITS: tl.constexpr, PRECISION: tl.constexpr,
@@ -32,7 +32,7 @@ def _attend(
         k = load_rows(key, batch, kv_head, first_key, num_keys, D, BN, q.shape[1])
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
         score = add_pair_terms(
-            score, scoring.terms, batch, head, queries[:, None], keys[None, :],
+            score, terms, batch, head, queries[:, None], keys[None, :],
             scoring.num_queries, scoring.num_keys,
         )  # fmt: skip
         score = hide_outside(score, keys[None, :], limits)
@@ -50,7 +50,7 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, out, lse, sink, scoring, band, shift,
+    query, key, value, out, lse, sink, scoring, terms, band, shift,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -73,13 +73,15 @@ def forward_kernel(
     maximum = tl.full([BM], float("-inf"), tl.float32)
     accumulator = tl.zeros([BM, BE], tl.float32)
     accumulator, total, maximum = _attend(
-        accumulator, total, maximum, q, key, value, scoring, batch, head, queries, factor, shift,
+        accumulator, total, maximum, q, key, value, scoring, terms, batch, head, queries, factor,
+        shift,
         None, None, full_begin, full_end - full_begin, 0, 0,
         D, E, BN, BE, BITS, PRECISION,
     )  # fmt: skip
     left, right = full_begin - begin, end - full_end
     accumulator, total, maximum = _attend(
-        accumulator, total, maximum, q, key, value, scoring, batch, head, queries, factor, shift,
+        accumulator, total, maximum, q, key, value, scoring, terms, batch, head, queries, factor,
+        shift,
         (first, past), num_keys, begin, left + right, left, full_end - full_begin,
         D, E, BN, BE, BITS, PRECISION,
     )  # fmt: skip
