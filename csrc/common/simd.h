@@ -8,7 +8,7 @@ namespace attn::ATTN_ISA {
 #define ATTN_INLINE inline __attribute__((always_inline))
 #define ATTN_INLINE_LAMBDA __attribute__((always_inline))
 
-// Bits: the unsigned type as wide as T. round_magic: adding it leaves round(x) in the low bits.
+// round_magic: adding it leaves round(x) in the low bits.
 template <class T>
 struct Simd;
 
@@ -16,6 +16,7 @@ template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(ATTN_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(ATTN_VECTOR_BYTES)));
+  typedef uint32_t Bits __attribute__((vector_size(ATTN_VECTOR_BYTES)));
   using Index = int32_t;
   static constexpr int lanes = ATTN_VECTOR_BYTES / 4;
   static constexpr int mantissa_bits = 23;
@@ -31,6 +32,7 @@ template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(ATTN_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(ATTN_VECTOR_BYTES)));
+  typedef uint64_t Bits __attribute__((vector_size(ATTN_VECTOR_BYTES)));
   using Index = int64_t;
   static constexpr int lanes = ATTN_VECTOR_BYTES / 8;
   static constexpr int mantissa_bits = 52;
@@ -114,7 +116,8 @@ ATTN_INLINE Vec<T> exp2_shifted(Vec<T> x, Vec<T> magic) {
   for (int i = S::terms - 2; i >= 0; --i) {
     power = power * fraction + splat<T>(S::exp2_coefficients[i]);
   }
-  return (Vec<T>)((IVec<T>)power + ((IVec<T>)rounded << S::mantissa_bits));
+  using Bits = typename S::Bits;  // unsigned: wraps for scores that are hidden afterwards
+  return (Vec<T>)((Bits)power + ((Bits)rounded << S::mantissa_bits));
 }
 
 // 2^x for x <= 0 (a little above is fine), exactly 0 where 2^x is not a normal number.

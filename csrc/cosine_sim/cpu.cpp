@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "cosine_sim/problem.h"
+#include "cosine_sim/sdpa.h"
 
 namespace attn::cosine_sim {
 namespace {
@@ -189,6 +190,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Problem p = make_problem({query, key, value, mask, bias, relative_bias, head_scale, query_gain,
                             key_gain, sink, start, stop, left, right, scale, groups});
   const ScalarType dtype = query.scalar_type();
+  if (prefers_sdpa(p)) {
+    Tensor out, lse;
+    sdpa_forward(p, kernels(), query, key, value, out, lse);
+    return {out, lse};
+  }
   Tensor out = new_empty(query, {p.B, p.H, p.M, p.E});
   Tensor lse = new_empty(query, {p.B, p.H, p.M}, compute_dtype(dtype));
   p.out = view(out);
@@ -260,6 +266,10 @@ Nine backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tens
               new_gradient(query, query_gain, output_mask[6], g.query_gain),
               new_gradient(query, key_gain, output_mask[7], g.key_gain),
               new_gradient(query, sink, output_mask[8], g.sink)};
+  if (prefers_sdpa(p) && !grad_lse.has_value()) {
+    sdpa_backward(p, g, kernels(), grad_out, query, key, value, dense_out, dense_lse);
+    return result;
+  }
   (dtype == ScalarType::Double ? kernels().backward_double : kernels().backward_float)(p, g);
   if (g.bias && bias->scalar_type() != std::get<3>(result).scalar_type()) {
     std::get<3>(result) = torch::stable::to(std::get<3>(result), bias->scalar_type());

@@ -104,10 +104,9 @@ class Forward {
           const int64_t row = tile * kTileRows + r;
           const int64_t first = n + v * Simd<T>::lanes;
           const IVec<T> index = lane_index<T>();
-          weight = (index >= static_cast<Index>(q.begin[row] - first)) &
-                           (index < static_cast<Index>(q.end[row] - first))
-                       ? weight
-                       : Vec<T>{};
+          const IVec<T> visible = (index >= static_cast<Index>(q.begin[row] - first)) &
+                                  (index < static_cast<Index>(q.end[row] - first));
+          weight = visible ? weight : Vec<T>{};
         }
         store<T>(target + r * kRowPitch + v * Simd<T>::lanes, weight);
         sum += weight;

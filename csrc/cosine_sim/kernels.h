@@ -15,6 +15,8 @@
 
 #include "cosine_sim/pack.h"
 
+#include "cosine_sim/normalize.h"
+
 #include "cosine_sim/block.h"
 
 #include "cosine_sim/forward.h"
@@ -27,7 +29,9 @@
 
 namespace attn::cosine_sim::ATTN_ISA {
 
-constexpr Kernels kKernels{forward<float>, forward<double>, backward<float>, backward<double>};
+constexpr Kernels kKernels{forward<float>,          forward<double>,
+                           backward<float>,         backward<double>,
+                           normalize_tensor<float>, normalize_tensor_backward<float>};
 
 }  // namespace attn::cosine_sim::ATTN_ISA
 

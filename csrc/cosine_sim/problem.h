@@ -48,6 +48,11 @@ struct Kernels {
   void (*forward_double)(const Problem&);
   void (*backward_float)(const Problem&, const Gradients&);
   void (*backward_double)(const Problem&, const Gradients&);
+  // Rows of [B, heads, length, D] through the norm; (grad, source, ...) back through it.
+  void (*normalize_float)(const Problem&, const View& source, int64_t heads, int64_t length,
+                          const View& target);
+  void (*normalize_backward_float)(const Problem&, const View& grad, const View& source,
+                                   int64_t heads, int64_t length, const View& target);
 };
 
 const Kernels& baseline_kernels();
