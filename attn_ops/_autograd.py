@@ -49,7 +49,7 @@ def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -
     if unavailable is not None:
         torch.library.register_autograd(
             f"attn::{op}",
-            backward,
+            lambda ctx, *grads: tuple(backward(ctx, *grads)),
             setup_context=lambda ctx, inputs, output: setup(ctx, inputs, output),
             lib=_library._library,
         )
