@@ -78,8 +78,8 @@ def _attention(
     parameters = (bias, relative_bias, sink, head_scale, query_gain, key_gain)
     _autograd.check_forward_mode(op, query, key, value, *parameters)
     heads = args.query.shape[1]
-    if isinstance(scale, float) and not math.isfinite(scale):
-        raise fail(op, "scale", "be finite", scale)
+    if isinstance(scale, float):
+        _check_scale(op, scale, args.query)
     _check_groups(op, groups, args.query.shape[3])
     if not normalize and (query_gain is not None or key_gain is not None):
         name = "key_gain" if query_gain is None else "query_gain"
@@ -128,6 +128,14 @@ def _cosine_sim(*args: Any, **kwargs: Any) -> Tensor:
 
 def _cosine_sim_with_lse(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return _attention("cosine_sim_with_lse", *args, **kwargs)
+
+
+def _check_scale(op: str, scale: float, query: Tensor) -> None:
+    if not math.isfinite(scale):
+        raise fail(op, "scale", "be finite", scale)
+    dtype = compute_dtype(query.dtype)
+    if abs(scale) > torch.finfo(dtype).max:
+        raise fail(op, "scale", f"be finite in {dtype}", scale)
 
 
 def _check_groups(op: str, groups: int, width: int) -> None:
