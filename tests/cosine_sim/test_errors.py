@@ -104,6 +104,7 @@ CASES = {
     "cu_seqlens of a batch": case(Q, K, V, cu_seqlens_q=OFFSETS_Q, cu_seqlens_k=OFFSETS_K),
     "cu_seqlens sparse": case(*PACKED, cu_seqlens_q=OFFSETS_Q.to_sparse(), cu_seqlens_k=OFFSETS_K),
     "scale infinite": case(Q, K, V, scale=float("inf")),
+    "scale beyond float32": case(Q, K, V, scale=1e300),
     "scale not a number": case(Q, K, V, scale=float("nan")),
     "groups of 0": case(Q, K, V, groups=0),
     "groups that do not divide": case(Q, K, V, groups=3),
@@ -269,6 +270,8 @@ cu_seqlens sparse
     pack sequences of several lengths with cu_seqlens
 scale infinite
     ValueError: cosine_sim: scale must be finite, got inf
+scale beyond float32
+    ValueError: cosine_sim: scale must be finite in torch.float32, got 1e+300
 scale not a number
     ValueError: cosine_sim: scale must be finite, got nan
 groups of 0

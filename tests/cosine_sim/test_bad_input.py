@@ -1,0 +1,113 @@
+"""Wrong shapes, dtypes and devices drawn at random: an error that names itself, or a right result.
+
+Neither a crash nor a silent result, whatever is drawn.
+"""
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import strategies
+from tests.conformance.evaluate import assert_arguments_agree
+from tests.cosine_sim.spec import SPEC, build
+from tests.strategies import Case
+
+ERRORS = (ValueError, TypeError, NotImplementedError)
+OTHER_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+)
+WAYS = ("dtype", "longer", "shorter", "fewer ranks", "more ranks", "transposed", "device", "kept")
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, tensor: Tensor) -> Tensor:
+    """The same tensor, wrong in some way (or not: a transposed square is as good)."""
+    way = draw(st.sampled_from(WAYS))
+    if way == "dtype":
+        return tensor.to(draw(st.sampled_from(OTHER_DTYPES)))
+    if way == "device":
+        return tensor.to("meta")
+    if way == "more ranks":
+        return tensor.unsqueeze(draw(st.integers(0, tensor.dim())))
+    if way == "kept" or tensor.dim() == 0:
+        return tensor
+    dim = draw(st.integers(0, tensor.dim() - 1))
+    if way == "longer":
+        return torch.cat([tensor, tensor.narrow(dim, 0, min(1, tensor.shape[dim]))], dim)
+    if way == "shorter":
+        return tensor.narrow(dim, 0, draw(st.integers(0, tensor.shape[dim])))
+    if way == "fewer ranks" and tensor.shape[dim]:
+        return tensor.select(dim, 0)
+    return tensor.transpose(dim, draw(st.integers(0, tensor.dim() - 1)))
+
+
+@st.composite
+def spoilt_arguments(draw: st.DrawFn) -> dict[str, Any]:
+    """Legal arguments of which some were spoilt, and some options drawn without regard to them."""
+    case = draw(strategies.cases(SPEC.options, largest=6))
+    arguments = build(case, torch.float32, torch.device("cpu"))
+    tensors = [name for name, x in arguments.items() if isinstance(x, Tensor)]
+    for name in draw(st.lists(st.sampled_from(tensors), min_size=0, max_size=2, unique=True)):
+        arguments[name] = draw(spoilt(arguments[name]))
+    wild = {
+        "scale": st.sampled_from((float("nan"), float("inf"), 1e300, 1e4, 0.0, -2.0)),
+        "groups": st.integers(-2, 7),
+        "window": st.integers(-2, 9),
+        "causal": st.booleans(),
+        "normalize": st.booleans(),
+        "mask": st.none(),
+        "key_gain": st.just(torch.ones(case.width)),
+        "cu_seqlens_q": st.none(),
+        "sink": st.just(torch.ones(case.heads)),
+    }
+    for name in draw(st.lists(st.sampled_from(sorted(wild)), max_size=2, unique=True)):
+        arguments[name] = draw(wild[name])
+    return arguments
+
+
+@settings(max_examples=400)
+@given(spoilt_arguments())
+def test_an_error_that_names_itself_or_a_right_result(arguments: dict[str, Any]) -> None:
+    try:
+        out, lse = SPEC.with_lse(**arguments)
+    except ERRORS as error:
+        assert str(error).startswith("cosine_sim_with_lse: "), error
+        assert " must " in str(error) and "got " in str(error), error
+        return
+    if out.device.type == "meta":
+        return
+    floating = SPEC.floating(arguments).values()
+    assert all(x.device == out.device for x in floating)
+    assert_arguments_agree(SPEC, arguments)
+
+
+def test_errors_are_drawn_as_well_as_results() -> None:
+    """Or the test above would show nothing."""
+    outcomes = []
+
+    @settings(max_examples=100, derandomize=True)
+    @given(spoilt_arguments())
+    def collect(arguments: dict[str, Any]) -> None:
+        try:
+            SPEC.with_lse(**arguments)
+            outcomes.append("result")
+        except ERRORS as error:
+            outcomes.append(str(error).split(": ")[1].split(" must")[0])
+
+    collect()
+    assert outcomes.count("result") >= 10
+    assert len(set(outcomes)) >= 6
+
+
+def test_a_legal_case_is_no_error() -> None:
+    assert SPEC.op(**build(Case(), torch.float32, torch.device("cpu"))).shape == (2, 2, 5, 6)
