@@ -21,8 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError as error:  # pip does not look at build-system.requires without isolation
+    raise SystemExit("setuptools>=77 is needed: pip install --upgrade setuptools") from error
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "attn_ops/lib/libattn_ops.so"
