@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from attn_ops import info
 
-DEFAULT_STEPS, DEFAULT_MINUTES = 600, 1.6
+DEFAULT_STEPS, DEFAULT_MINUTES = 1200, 1.6
 READ_EVERY = 10  # steps between two looks at the loss: each waits for the device
 
 
@@ -244,7 +244,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, help="enwik8, enwik8.gz, any file or folder of text; without it the "
         "Python standard library")  # fmt: skip
     add("--seq-len", type=positive, default=256)
-    add("--batch-size", type=positive, default=8)
+    add("--batch-size", type=positive, default=TrainConfig.batch_size)
     add("--accumulate", type=positive, default=1, help="batches per step")
     add("--steps", type=positive, help=f"without it {DEFAULT_STEPS}, or what --minutes allow")
     add("--minutes", type=float, help="train no longer than about this, after compilation; "
@@ -253,8 +253,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--clip", type=float, default=TrainConfig.clip, help="norm of the gradient")
     add("--float32", action="store_true", help="on CUDA: no bfloat16 autocast")
     add("--seed", type=int, default=0)
-    add("--evaluate-every", type=positive, default=150, help="steps between validations")
-    add("--checkpoint-every", type=positive, default=200, help="steps between checkpoints")
+    add("--evaluate-every", type=positive, default=300, help="steps between validations")
+    add("--checkpoint-every", type=positive, default=300, help="steps between checkpoints")
     add("--valid-bytes", type=positive, default=TrainConfig.valid_bytes)
     add("--prompt", default="def ")
     add("--sample-bytes", type=positive, default=150)

@@ -19,9 +19,9 @@ BITS_PER_NAT = 1 / math.log(2)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 600
+    steps: int = 1200
     seq_len: int = 256
-    batch_size: int = 8
+    batch_size: int = 4
     accumulate: int = 1  # batches per step
     learning_rate: float = 4e-3
     weight_decay: float = 0.1

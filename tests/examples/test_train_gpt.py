@@ -133,8 +133,13 @@ def test_comparison_trains_every_attention_alike(text: Path, no_compiler: None) 
     assert picture.stat().st_size > 1000
     for attention in ATTENTIONS:
         curve = json.loads((out / attention / "curve.json").read_text())
-        # No attention has had a say yet: the output layer starts at zero.
-        assert curve["train"][0] == [1, pytest.approx(8, abs=1e-4)]
+        assert curve["attention"] == attention
+        assert [step for step, _ in curve["train"]] == [1, 2, 3]
+    one, other = (tiny_trainer(attention) for attention in ("cosine_sim", "softmax"))
+    for (name, value), same in zip(one.model.named_parameters(), other.model.parameters()):
+        assert torch.equal(value, same), name
+    draws = [batch(t.train_data, 4, 16, t.generator) for t in (one, other)]
+    assert torch.equal(*draws)
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
