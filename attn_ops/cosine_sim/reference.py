@@ -55,6 +55,15 @@ def diagonal(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     return torch.arange(num_keys, device=device) - query.unsqueeze(1) + (num_queries - 1)
 
 
+def sum_diagonals(x: Tensor) -> Tensor:
+    """[H, M, N] -> [H, M+N-1]: entry o is the sum over n - m + M - 1 = o."""
+    heads, num_queries, num_keys = x.shape
+    # Rows of length N + M read as rows of length N + M - 1: each moves one column to the right.
+    padded = torch.nn.functional.pad(x.flip(1), (0, num_queries)).flatten(1)
+    length = num_queries + num_keys - 1
+    return padded[:, : num_queries * length].unflatten(1, (num_queries, length)).sum(1)
+
+
 def row_scale(scale: float, head_scale: Tensor | None) -> float | Tensor:
     """What multiplies q̂·k̂: a number, or one per head."""
     return scale if head_scale is None else scale * head_scale[:, None, None]
@@ -171,10 +180,7 @@ def backward(
     grad_bias = None if bias is None else grad_score.sum_to_size(bias.shape)
     grad_relative_bias = grad_head_scale = grad_sink = None
     if relative_bias is not None:
-        index = diagonal(query.shape[2], key.shape[2], query.device).flatten()
-        grad_relative_bias = torch.zeros_like(relative_bias).index_add(
-            1, index, grad_score.sum(0).flatten(1).to(relative_bias.dtype)
-        )
+        grad_relative_bias = sum_diagonals(grad_score.sum(0))
     if head_scale is not None:
         raw = grad_score @ per_query_head(unit_key, heads)
         grad_head_scale = scale * (raw * unit_query).sum((0, 2, 3))
