@@ -262,12 +262,15 @@ def test_one_fullgraph_compilation_serves_all_lengths(
     module = MultiheadAttention(24, 4, 2, attention, rotary_base=rotary_base, device=device)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
     for batch, length in [(2, 7), (3, 12), (5, 33)]:
         inputs = [tokens(batch, length, 24, device=device)]
         if cross:
             inputs.append(tokens(batch, 2 * length + 1, 24, device=device))
         assert_equal_with_gradients(module, compiled(*inputs), module(*inputs), *inputs)
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    # torch 2.11 starts tracing over once, when it finds that rotary_base has to be a constant.
+    assert counts[0] == counts[-1] <= 2
 
 
 def test_inductor_compiles_the_learned_scale(device: torch.device) -> None:
