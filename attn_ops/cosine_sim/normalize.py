@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,16 @@ def unit_slices(x: Tensor, groups: int) -> Tensor:
     # The square root of zero has no derivative: it is kept away from both branches of the `where`.
     inverse = torch.where(squared > 0, squared, 1).rsqrt().clamp_max(1 / EPSILON)
     return (slices * torch.where(squared > 0, inverse, 0)).flatten(-2).to(x.dtype)
+
+
+@overload
+def l2_normalize(tensor: Tensor, /, *, groups: int = ...) -> Tensor: ...
+
+
+@overload
+def l2_normalize(
+    first: Tensor, second: Tensor, /, *more: Tensor, groups: int = ...
+) -> tuple[Tensor, ...]: ...
 
 
 def l2_normalize(*tensors: Tensor, groups: int = 1) -> Tensor | tuple[Tensor, ...]:
