@@ -1,5 +1,8 @@
 """Derivatives in both modes and of both orders, against finite differences, in float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +18,9 @@ def small(spec: OpSpec) -> st.SearchStrategy[Case]:
     return strategies.cases(spec.options, smallest=1, largest=4)
 
 
-def as_function(spec: OpSpec, case: Case, device: torch.device, function: object = None):
+def as_function(
+    spec: OpSpec, case: Case, device: torch.device, function: Callable[..., Any] | None = None
+) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
     """The op as a function of its differentiable arguments alone, finite, and those arguments."""
     arguments = spec.build(case, torch.float64, device)
     leaves = spec.floating(arguments)

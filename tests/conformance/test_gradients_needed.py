@@ -1,6 +1,8 @@
 """Only the gradients that somebody needs are computed, and only the inputs are kept for them."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -59,6 +61,19 @@ def test_nothing_is_saved_where_nothing_requires_grad(spec: OpSpec, device: torc
         assert spec.op(**required).is_inference()
 
 
+@contextmanager
+def collected() -> Iterator[list[Tensor]]:
+    """The tensors that autograd saves meanwhile."""
+    saved: list[Tensor] = []
+
+    def save(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        yield saved
+
+
 @pytest.mark.parametrize("case", ("plain", "causal", "sink", "relative bias", "packed"))
 def test_nothing_of_the_size_of_the_scores_is_saved(
     spec: OpSpec, case: str, device: torch.device
@@ -71,8 +86,7 @@ def test_nothing_of_the_size_of_the_scores_is_saved(
         torch.float32,
         device,
     )
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+    with collected() as saved:
         with_gradients(spec, spec.with_lse, arguments, *cotangents(*spec.formula(**arguments)))
     assert saved
     assert max(x.untyped_storage().nbytes() for x in saved) < 4 * length * length
@@ -84,8 +98,7 @@ def test_saved_tensors_are_the_inputs_and_the_results(spec: OpSpec, device: torc
         spec.cases["everything"].but(strides="transposed"), torch.float32, device
     )
     leaves = {name: x.requires_grad_() for name, x in spec.floating(arguments).items()}
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+    with collected() as saved:
         out, lse = spec.with_lse(**arguments)
     known = {x.data_ptr() for x in (*arguments.values(), out, lse) if isinstance(x, Tensor)}
     assert {x.data_ptr() for x in saved} <= known

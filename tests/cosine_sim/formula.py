@@ -133,8 +133,8 @@ def magnitudes(
     their roundings add up like independent numbers. Below, every number is the square of such one.
     """
     args = rank4(arguments)
-    batch, heads, m, n = (*args["query"].shape[:3], args["key"].shape[2])
-    kv_heads = args["key"].shape[1]
+    batch, heads, m, _ = args["query"].shape
+    kv_heads, n = args["key"].shape[1:3]
     lse = formula(**arguments)[1].reshape(batch, heads, m)
     finite = torch.where(lse.isinf(), 0, lse)
     weight = (2 * (biased(args) - finite.unsqueeze(-1))).exp()  # [B, H, M, N]

@@ -6,7 +6,7 @@ EXPECTTEST_ACCEPT=1 rewrites them. Each is raised in eager mode and while tracin
 import re
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -314,7 +314,7 @@ NOT_TRACED = ("query sparse", "query nested", "mask sparse", "cu_seqlens sparse"
 
 @pytest.mark.parametrize("mode", ("fake", "symbolic"))
 @pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_TRACED])
-def test_tracing_raises_the_same(name: str, mode: str) -> None:
+def test_tracing_raises_the_same(name: str, mode: Literal["fake", "symbolic"]) -> None:
     """make_fx with fake tensors, as export and AOTAutograd trace; symbols stand for sizes."""
     args, options = CASES[name]
     expected = error_of(attend, *args, **options)
