@@ -62,6 +62,30 @@ ATTN_INLINE void for_each_key_block(const QueryBlock& q, const Body& body) {
   }
 }
 
+// row[i] = hidden where mask[i * stride] is false.
+template <class T>
+ATTN_INLINE void mask_row(T* row, const bool* mask, int64_t stride, int64_t count, T hidden) {
+  constexpr int lanes = Simd<T>::lanes;
+  typedef uint8_t Bytes __attribute__((vector_size(lanes)));
+  int64_t i = 0;
+  for (; stride == 1 && i + lanes <= count; i += lanes) {
+    Bytes bytes;
+    __builtin_memcpy(&bytes, mask + i, sizeof(bytes));
+    const IVec<T> keep = __builtin_convertvector(bytes, IVec<T>) != 0;
+    store<T>(row + i, keep ? load(row + i) : splat<T>(hidden));
+  }
+  for (; i < count; ++i) row[i] = mask[i * stride] ? row[i] : hidden;
+}
+
+template <class T>
+void hide_masked(T* row, const Problem& p, const QueryBlock& q, int64_t query, int64_t begin,
+                 int64_t end, T hidden) {
+  const int64_t* stride = p.mask.stride;
+  const bool* mask = static_cast<const bool*>(p.mask.data) + q.batch * stride[0] +
+                     q.head * stride[1] + query * stride[2] + begin * stride[3];
+  mask_row(row, mask, stride[3], end - begin, hidden);
+}
+
 // row[n] += what bias, relative bias and mask say about keys [begin, end) of one query;
 // scratch has room for as many elements.
 template <class T>
@@ -81,15 +105,7 @@ void add_extras(T* row, T* scratch, const Problem& p, const Parameters<T>& param
     for (int64_t i = 0; i < count; ++i) row[i] += offsets[i];
   }
   if (p.mask) {
-    const int64_t* stride = p.mask.stride;
-    const bool* mask = static_cast<const bool*>(p.mask.data) + q.batch * stride[0] +
-                       q.head * stride[1] + query * stride[2] + begin * stride[3];
-    constexpr T hidden = -std::numeric_limits<T>::infinity();
-    if (stride[3] == 1) {
-      for (int64_t i = 0; i < count; ++i) row[i] = mask[i] ? row[i] : hidden;
-    } else {
-      for (int64_t i = 0; i < count; ++i) row[i] = mask[i * stride[3]] ? row[i] : hidden;
-    }
+    hide_masked(row, p, q, query, begin, end, -std::numeric_limits<T>::infinity());
   }
 }
 

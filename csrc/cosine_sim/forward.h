@@ -32,6 +32,7 @@ class Forward {
     for_each_key_block<T>(q, [&](KeyBlock<T> keys) {
       multiply_keys(q, keys);
       if (!bounded_) soften_rows(q, keys);
+      if (bounded_ && p_.mask) mask_rows(q, keys);
       multiply_values(q, keys);
     });
     for (int64_t r = 0; r < q.rows; ++r) finish_row(q, r);
@@ -54,7 +55,7 @@ class Forward {
     const T scale = parameters_.scale[q.head];
     const double bound =
         std::fabs(double{scale}) * std::sqrt(largest) * keys_.largest_norm(q.kv_head) * kLog2E;
-    bounded_ = !p_.has_extras() && 2 * bound <= kSafeExponent<T>;
+    bounded_ = !p_.bias && !p_.relative_bias && 2 * bound <= kSafeExponent<T>;
     shift_ = bounded_ ? std::ceil(bound) : 0;
     const T factor = bounded_ ? scale * T(kLog2E) : scale;
     for (int64_t r = 0; r < q.rows; ++r) {
@@ -93,7 +94,8 @@ class Forward {
                                  int64_t tile, int64_t n) {
     using Index = typename Simd<T>::Index;
     const Vec<T> magic = splat<T>(Simd<T>::round_magic - shift_);
-    T* sums = sums_.get() + tile * kTileRows * Simd<T>::lanes;
+    // With an element mask the sums are taken afterwards, these go nowhere.
+    T* sums = p_.mask ? row_.get() : sums_.get() + tile * kTileRows * Simd<T>::lanes;
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
       Vec<T> sum = load(sums + r * Simd<T>::lanes);
@@ -112,6 +114,21 @@ class Forward {
         sum += weight;
       }
       store<T>(sums + r * Simd<T>::lanes, sum);
+    }
+  }
+
+  // Takes what the element mask hides out of the weights, and their sums.
+  void mask_rows(const QueryBlock& q, KeyBlock<T> keys) {
+    constexpr int lanes = Simd<T>::lanes;
+    for (int64_t r = 0; r < q.rows; ++r) {
+      const Interval panels = keys.panels(q, r / kTileRows);
+      T* row = weights_.get() + r * kRowPitch;
+      const int64_t end = std::min(panels.end, p_.N - keys.first);
+      hide_masked(row + panels.begin, p_, q, q.first + r, keys.first + panels.begin,
+                  keys.first + end, T(0));
+      Vec<T> sum = load(sums_.get() + r * lanes);
+      for (int64_t i = panels.begin; i < panels.end; i += lanes) sum += load(row + i);
+      store<T>(sums_.get() + r * lanes, sum);
     }
   }
 
