@@ -60,7 +60,7 @@ def sum_diagonals(x: Tensor) -> Tensor:
     heads, num_queries, num_keys = x.shape
     # Rows of length N + M read as rows of length N + M - 1: each moves one column to the right.
     padded = torch.nn.functional.pad(x.flip(1), (0, num_queries)).flatten(1)
-    length = num_queries + num_keys - 1
+    length = num_queries + num_keys - 1 if num_queries or num_keys else 0
     return padded[:, : num_queries * length].unflatten(1, (num_queries, length)).sum(1)
 
 
