@@ -111,4 +111,9 @@ SPEC = OpSpec(
         "sink",
     ),
     cases=CASES,
+    examples=(
+        # The diagonals of no scores: there are none of them, not -1.
+        Case(batch=1, queries=0, keys=0, relative_bias="H", sequences=((0, 0),), causal=True),
+        Case(queries=0, keys=0, relative_bias="1"),
+    ),
 )
