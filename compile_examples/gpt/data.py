@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import platform
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,9 @@ def load_corpus(path: Path | None, valid_fraction: float = 0.05) -> Corpus:
     out, of a folder whole top-level entries, so that no package has files on both sides.
     """
     if path is None:
-        return _folder(Path(sysconfig.get_path("stdlib")), {".py"}, NOT_THE_LIBRARY, valid_fraction)
+        library = Path(sysconfig.get_path("stdlib"))
+        corpus = _folder(library, {".py"}, NOT_THE_LIBRARY, valid_fraction)
+        return replace(corpus, name=f"the standard library of Python {platform.python_version()}")
     if path.is_dir():
         return _folder(path, TEXT_SUFFIXES, {"__pycache__", ".git"}, valid_fraction)
     data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
