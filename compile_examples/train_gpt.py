@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from attn_ops import info
 
-DEFAULT_STEPS, DEFAULT_MINUTES = 1200, 1.6
+DEFAULT_STEPS, DEFAULT_MINUTES = 1000, 1.3
 READ_EVERY = 10  # steps between two looks at the loss: each waits for the device
 
 
@@ -253,8 +253,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--clip", type=float, default=TrainConfig.clip, help="norm of the gradient")
     add("--float32", action="store_true", help="on CUDA: no bfloat16 autocast")
     add("--seed", type=int, default=0)
-    add("--evaluate-every", type=positive, default=300, help="steps between validations")
-    add("--checkpoint-every", type=positive, default=300, help="steps between checkpoints")
+    add("--evaluate-every", type=positive, default=250, help="steps between validations")
+    add("--checkpoint-every", type=positive, default=250, help="steps between checkpoints")
     add("--valid-bytes", type=positive, default=TrainConfig.valid_bytes)
     add("--prompt", default="def ")
     add("--sample-bytes", type=positive, default=150)

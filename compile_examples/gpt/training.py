@@ -19,7 +19,7 @@ BITS_PER_NAT = 1 / math.log(2)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 1200
+    steps: int = 1000
     seq_len: int = 256
     batch_size: int = 4
     accumulate: int = 1  # batches per step
