@@ -34,10 +34,11 @@ torch.library.opcheck(SPEC.op.default, (), arguments)
 
 
 def run(*programs: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: x for name, x in os.environ.items() if name != "ATTN_OPS_NO_NATIVE"}
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(programs)],
-        env={**os.environ, **paths, **environment},
+        env={**inherited, **paths, **environment},
         capture_output=True,
         text=True,
     )
