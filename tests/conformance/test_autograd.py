@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypothesis import Phase
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -12,6 +13,9 @@ from tests import strategies
 from tests.comparison import assert_same
 from tests.conformance.spec import OpSpec, given_case
 from tests.strategies import Case
+
+# The cases are small already, and to make one smaller takes minutes of finite differences.
+WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)
 
 
 def small(spec: OpSpec) -> st.SearchStrategy[Case]:
@@ -34,7 +38,7 @@ def as_function(
 
 
 def test_gradcheck_forward_and_reverse_mode(spec: OpSpec, device: torch.device) -> None:
-    @given_case(small, max_examples=25)
+    @given_case(small, max_examples=25, phases=WITHOUT_SHRINKING)
     def check(spec: OpSpec, device: torch.device, case: Case) -> None:
         function, leaves = as_function(spec, case, device)
         torch.autograd.gradcheck(
@@ -45,7 +49,7 @@ def test_gradcheck_forward_and_reverse_mode(spec: OpSpec, device: torch.device) 
 
 
 def test_gradgradcheck(spec: OpSpec, device: torch.device) -> None:
-    @given_case(small, max_examples=12)
+    @given_case(small, max_examples=12, phases=WITHOUT_SHRINKING)
     def check(spec: OpSpec, device: torch.device, case: Case) -> None:
         function, leaves = as_function(spec, case, device)
         torch.autograd.gradgradcheck(

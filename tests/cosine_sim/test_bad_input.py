@@ -13,9 +13,9 @@ from torch import Tensor
 from tests import strategies
 from tests.conformance.evaluate import assert_arguments_agree
 from tests.cosine_sim.spec import SPEC, build
+from tests.errors import ERRORS
 from tests.strategies import Case
 
-ERRORS = (ValueError, TypeError, NotImplementedError)
 OTHER_DTYPES = (
     torch.float64,
     torch.float32,

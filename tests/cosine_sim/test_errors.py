@@ -4,9 +4,7 @@ EXPECTTEST_ACCEPT=1 rewrites them. Each is raised in eager mode and while tracin
 """
 
 import re
-import textwrap
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -16,24 +14,11 @@ from torch._dynamo.exc import TorchRuntimeError
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import attn_ops
+from tests.cosine_sim.inputs import MERGED, OFFSETS_K, OFFSETS_Q, PACKED, TRUE, K, Q, V, ones
+from tests.errors import ERRORS, case, error_of, texts
 
+assert attn_ops.__all__  # its import registers the op
 attend = torch.ops.attn.cosine_sim
-ERRORS = (ValueError, TypeError, NotImplementedError)
-
-
-def ones(*sizes: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    return torch.ones(sizes, dtype=dtype, device=device)
-
-
-Q, K, V = ones(2, 4, 5, 8), ones(2, 2, 7, 8), ones(2, 2, 7, 6)
-MERGED = (ones(4, 5, 8), ones(4, 7, 8), ones(4, 7, 6))
-PACKED = (ones(1, 4, 5, 8), ones(1, 2, 7, 8), ones(1, 2, 7, 6))
-OFFSETS_Q, OFFSETS_K = torch.tensor([0, 2, 5]), torch.tensor([0, 3, 7])
-TRUE = ones(1).bool()
-
-
-def case(*args: Any, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, options
 
 
 CASES = {
@@ -118,22 +103,6 @@ CASES = {
     "key_gain of rank 3": case(Q, K, V, key_gain=ones(1, 2, 8)),
     "key_gain of integers": case(Q, K, V, key_gain=ones(8).int()),
 }
-
-
-def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> Exception:
-    with pytest.raises(ERRORS) as caught:
-        function(*args, **options)
-    return caught.value
-
-
-def described(name: str, error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}"
-    return f"{name}\n" + textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="    ")
-
-
-def texts(function: Callable[..., Any], cases: dict[str, Any]) -> str:
-    errors = {name: error_of(function, *args, **kw) for name, (args, kw) in cases.items()}
-    return "\n".join(described(name, error) for name, error in errors.items())
 
 
 def test_texts() -> None:
@@ -366,81 +335,6 @@ def test_exporting_raises_the_same() -> None:
     args = CASES["key of another width"][0]
     error = error_of(lambda: torch.export.export(Module(), args, strict=False))
     assert str(error) == str(error_of(attend, *args))
-
-
-FUNCTION = {
-    "query a list": case([1.0], K, V),
-    "mask a list": case(Q, K, V, [True]),
-    "bias a number": case(Q, K, V, bias=1.0),
-    "sink a list": case(Q, K, V, sink=[0.0] * 4),
-    "cu_seqlens a list": case(*PACKED, cu_seqlens_q=[0, 5], cu_seqlens_k=OFFSETS_K),
-    "scale a word": case(Q, K, V, scale="large"),
-    "scale a truth": case(Q, K, V, scale=True),
-    "scale beyond every float": case(Q, K, V, scale=10**400),
-    "scale of other heads": case(Q, K, V, scale=ones(2)),
-    "scale of integers": case(Q, K, V, scale=ones(4).int()),
-    "scale on another device": case(Q, K, V, scale=ones(4, device="meta")),
-    "scale beside a query of rank 1": case(ones(8), K, V, scale=ones(4)),
-    "scale beside another head_scale": case(Q, K, V, scale=ones(4), head_scale=ones(2)),
-    "window a float": case(Q, K, V, causal=True, window=1.5),
-    "window a tensor": case(Q, K, V, causal=True, window=torch.tensor(2)),
-    "window of 65 bits": case(Q, K, V, causal=True, window=1 << 64),
-    "groups a float": case(Q, K, V, groups=2.0),
-    "groups nothing": case(Q, K, V, groups=None),
-    "causal a tensor": case(Q, K, V, causal=TRUE),
-    "causal nothing": case(Q, K, V, causal=None),
-    "normalize a number": case(Q, K, V, normalize=1),
-}
-
-
-def test_texts_of_the_python_function() -> None:
-    assert_expected_inline(
-        texts(attn_ops.cosine_sim_attention, FUNCTION),
-        """\
-query a list
-    TypeError: cosine_sim_attention: query must be a Tensor, got list
-mask a list
-    TypeError: cosine_sim_attention: mask must be a Tensor or None, got list
-bias a number
-    TypeError: cosine_sim_attention: bias must be a Tensor or None, got float
-sink a list
-    TypeError: cosine_sim_attention: sink must be a Tensor or None, got list
-cu_seqlens a list
-    TypeError: cosine_sim_attention: cu_seqlens_q must be a Tensor or None, got list
-scale a word
-    TypeError: cosine_sim_attention: scale must be a float, got str
-scale a truth
-    TypeError: cosine_sim_attention: scale must be a float, got bool
-scale beyond every float
-    ValueError: cosine_sim_attention: scale must be finite, got an int beyond every float
-scale of other heads
-    ValueError: cosine_sim_attention: scale must have shape [H]=(4,), got (2,)
-scale of integers
-    TypeError: cosine_sim_attention: scale must be float64, float32, bfloat16 or float16, got
-    torch.int32
-scale on another device
-    ValueError: cosine_sim_attention: scale must be on cpu like query, got meta
-scale beside a query of rank 1
-    ValueError: cosine_sim_attention: query must have shape [B, H, M, D] or [BH, M, D], got (8,)
-scale beside another head_scale
-    ValueError: cosine_sim_attention: head_scale must have shape [H]=(4,), got (2,)
-window a float
-    TypeError: cosine_sim_attention: window must be an int, got float
-window a tensor
-    TypeError: cosine_sim_attention: window must be an int, got Tensor
-window of 65 bits
-    ValueError: cosine_sim_attention: window must be an int of 64 bits, got 18446744073709551616
-groups a float
-    TypeError: cosine_sim_attention: groups must be an int, got float
-groups nothing
-    TypeError: cosine_sim_attention: groups must be an int, got NoneType
-causal a tensor
-    TypeError: cosine_sim_attention: causal must be a bool, got Tensor
-causal nothing
-    TypeError: cosine_sim_attention: causal must be a bool, got NoneType
-normalize a number
-    TypeError: cosine_sim_attention: normalize must be a bool, got int""",
-    )
 
 
 def test_forward_of_bad_input_touches_no_memory() -> None:

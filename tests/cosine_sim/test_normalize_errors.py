@@ -1,39 +1,28 @@
 """Every text of an error of `l2_normalize`, pinned."""
 
-import textwrap
-from typing import Any
-
-import pytest
 import torch
 from expecttest import assert_expected_inline
 
 from attn_ops import l2_normalize
+from tests.errors import case, texts
 
 X = torch.ones(2, 6)
-CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-    "integers": ((X.int(),), {}),
-    "complex numbers": ((X, X.to(torch.complex64)), {}),
-    "a number": ((1.0,), {}),
-    "no dimension": ((X.sum(),), {}),
-    "sparse": ((X.to_sparse(),), {}),
-    "groups of 0": ((X,), {"groups": 0}),
-    "groups below 0": ((X,), {"groups": -2}),
-    "groups that do not divide": ((X,), {"groups": 4}),
-    "groups a float": ((X,), {"groups": 2.0}),
+CASES = {
+    "integers": case(X.int()),
+    "complex numbers": case(X, X.to(torch.complex64)),
+    "a number": case(1.0),
+    "no dimension": case(X.sum()),
+    "sparse": case(X.to_sparse()),
+    "groups of 0": case(X, groups=0),
+    "groups below 0": case(X, groups=-2),
+    "groups that do not divide": case(X, groups=4),
+    "groups a float": case(X, groups=2.0),
 }
-
-
-def text(name: str) -> str:
-    tensors, options = CASES[name]
-    with pytest.raises((ValueError, TypeError, NotImplementedError)) as caught:
-        l2_normalize(*tensors, **options)
-    line = f"{caught.type.__name__}: {caught.value}"
-    return f"{name}\n" + textwrap.fill(line, 96, initial_indent="    ", subsequent_indent="    ")
 
 
 def test_texts() -> None:
     assert_expected_inline(
-        "\n".join(map(text, CASES)),
+        texts(l2_normalize, CASES),
         """\
 integers
     TypeError: l2_normalize: x must be float64, float32, bfloat16 or float16, got torch.int32
