@@ -5,9 +5,13 @@ ATTN_OPS_TEST_DEVICE=cuda runs the suite on a GPU, and fails where there is none
 
 import os
 
-import hypothesis
-import pytest
-import torch
+# Threads that wait spin by default: where other processes share the cores, small tensors then take
+# thirty times as long. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 DEVICE = os.environ.get("ATTN_OPS_TEST_DEVICE", "cpu")
 
