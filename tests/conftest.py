@@ -9,9 +9,9 @@ import os
 # thirty times as long. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import pytest
+import torch
 
 DEVICE = os.environ.get("ATTN_OPS_TEST_DEVICE", "cpu")
 
