@@ -33,10 +33,14 @@ LIBRARY = "attn_ops/lib/libattn_ops.so"
 OLDEST_TORCH = (2, 11)
 
 # -ffp-contract: multiplications and additions become FMA also in ISO C++.
-COMPILE = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall"]
+COMPILE = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wall"]
 # Vectors are passed between inlined functions only; their calling convention does not matter.
 COMPILE += ["-Wno-psabi", "-Wno-ignored-attributes"]
-COMPILE += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+COMPILE += [
+    "-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-DTORCH_STABLE_ONLY",
+]
 
 
 def torch_folder() -> Path:

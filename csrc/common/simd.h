@@ -83,11 +83,17 @@ ATTN_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// By halves: short chains of additions.
 template <class T>
 ATTN_INLINE T horizontal_sum(Vec<T> v) {
-  T sum = 0;
-  for (int i = 0; i < Simd<T>::lanes; ++i) sum += v[i];
-  return sum;
+  T lanes[Simd<T>::lanes];
+  store<T>(lanes, v);
+#pragma GCC unroll 4
+  for (int half = Simd<T>::lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 template <class T>
@@ -102,6 +108,23 @@ ATTN_INLINE IVec<T> lane_index() {
   IVec<T> index{};
   for (int i = 0; i < Simd<T>::lanes; ++i) index[i] = i;
   return index;
+}
+
+// {a0, b0, a1, b1, ...} of the lower halves, of the upper halves.
+template <class T, int First, int... Lane>
+ATTN_INLINE Vec<T> interleave_from(Vec<T> a, Vec<T> b, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(a, b, (First + Lane / 2 + Lane % 2 * Simd<T>::lanes)...);
+}
+
+template <class T>
+ATTN_INLINE Vec<T> interleave_low(Vec<T> a, Vec<T> b) {
+  return interleave_from<T, 0>(a, b, std::make_integer_sequence<int, Simd<T>::lanes>());
+}
+
+template <class T>
+ATTN_INLINE Vec<T> interleave_high(Vec<T> a, Vec<T> b) {
+  constexpr int lanes = Simd<T>::lanes;
+  return interleave_from<T, lanes / 2>(a, b, std::make_integer_sequence<int, lanes>());
 }
 
 // 2^(x - shift), where magic = round_magic - shift for an integer shift: the shift costs nothing,

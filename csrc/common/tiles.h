@@ -93,33 +93,41 @@ __attribute__((noinline)) void accumulate(T* target, const T* left, const T* pan
   }
 }
 
-// Transposes lanes x lanes elements: target row i (at pitch kPanel) = column i of source.
+// Transposes lanes x lanes elements: target row i (at pitch kPanel) = column i of source. Each
+// round interleaves row i with row i + lanes/2, which rotates the bits of (row, column) by one.
 template <class T>
 ATTN_INLINE void transpose_square(T* target, const T* source, int64_t source_pitch) {
   constexpr int lanes = Simd<T>::lanes;
-  for (int i = 0; i < lanes; ++i) {
-    Vec<T> column{};
-    for (int j = 0; j < lanes; ++j) column[j] = source[j * source_pitch + i];
-    store<T>(target + i * kPanel<T>, column);
+  Vec<T> rows[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) rows[i] = load(source + i * source_pitch);
+#pragma GCC unroll 4
+  for (int round = 1; round < lanes; round *= 2) {
+    Vec<T> next[lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = interleave_low<T>(rows[i], rows[i + lanes / 2]);
+      next[2 * i + 1] = interleave_high<T>(rows[i], rows[i + lanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) store<T>(target + i * kPanel<T>, rows[i]);
 }
 
-// panel[d][row] = rows[row][d] for kPanel rows at kRowPitch; rows are readable up to a multiple of
-// the vector width.
+// panel[d][row] = row `row`, element d, for kPanel rows at a pitch.
 template <class T>
-void pack_transposed(T* panel, const T* rows, int64_t width) {
+void pack_transposed(T* panel, const T* rows, int64_t pitch, int64_t width) {
   constexpr int lanes = Simd<T>::lanes;
   int64_t d = 0;
   for (; d + lanes <= width; d += lanes) {
     for (int v = 0; v < kTileVectors; ++v) {
-      transpose_square<T>(panel + d * kPanel<T> + v * lanes, rows + v * lanes * kRowPitch + d,
-                          kRowPitch);
+      transpose_square<T>(panel + d * kPanel<T> + v * lanes, rows + v * lanes * pitch + d, pitch);
     }
   }
   for (; d < width; ++d) {
-    for (int row = 0; row < kPanel<T>; ++row) {
-      panel[d * kPanel<T> + row] = rows[row * kRowPitch + d];
-    }
+    for (int row = 0; row < kPanel<T>; ++row) panel[d * kPanel<T> + row] = rows[row * pitch + d];
   }
 }
 
