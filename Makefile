@@ -79,9 +79,9 @@ $(TORCH_STAMP): $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/.tools: $(TORCH_STAMP)
-	$(PIP) install -c $(VENV)/constraints.txt "setuptools>=77"
+	$(PIP) install --quiet -c $(VENV)/constraints.txt "setuptools>=77"
 	@touch $@
 
 $(VENV)/.installed-%: $(VENV)/.tools $(BUILD_INPUTS)
-	$(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e ".[$*]"
+	$(PIP) install --quiet --no-build-isolation -c $(VENV)/constraints.txt -e ".[$*]"
 	@touch $@
