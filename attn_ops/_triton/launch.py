@@ -35,7 +35,9 @@ def choose(table: Table, tensor: Tensor, *widths: int, plain: bool) -> Launch:
     table[bytes per element][padded width, 64 or more] is a pair: for devices with 227 KB of shared
     memory as long as scores are `plain` products, and for everything else.
     """
-    large, small = table[tensor.element_size()][max(64, *map(padded, widths))]
+    large, small = table[tensor.element_size()][
+        max(64, *(padded(width, tensor.dtype) for width in widths))
+    ]
     return large if plain and shared_memory(tensor.device) >= 227 << 10 else small
 
 

@@ -120,7 +120,8 @@ def prepare(inputs: Inputs) -> Core:
     head_scale = contiguous(inputs.head_scale)
     scoring = Scoring(factor, head_scale, heads, heads // kv_heads, num_queries, num_keys)
     constants = {
-        "D": width, "E": value_width, "BD": padded(width), "BE": padded(value_width),
+        "D": width, "E": value_width, "BD": padded(width, inputs.query.dtype),
+        "BE": padded(value_width, inputs.query.dtype),
         "BITS": bits, "PRECISION": dot_precision(),
     }  # fmt: skip
     query = _unit(inputs.query, inputs.query_gain, inputs.groups)

@@ -9,8 +9,8 @@ from attn_ops._triton.launch import Launch, Table
 FORWARD: Table = {
     2: {
         64: [Launch(128, 64, 4, 3), Launch(64, 64, 4, 2)],
-        128: [Launch(128, 64, 8, 3), Launch(128, 32, 8, 2)],
-        256: [Launch(128, 64, 8, 2), Launch(64, 32, 8, 1)],
+        128: [Launch(64, 64, 4, 3), Launch(128, 32, 8, 2)],
+        256: [Launch(128, 32, 8, 3), Launch(64, 32, 8, 1)],
     },
     4: {
         64: [Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)],
@@ -21,9 +21,9 @@ FORWARD: Table = {
 # rows are queries
 GRAD_QUERY: Table = {
     2: {
-        64: [Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)],
-        128: [Launch(128, 64, 8, 2), Launch(64, 32, 4, 2)],
-        256: [Launch(64, 32, 8, 2), Launch(32, 32, 4, 2)],
+        64: [Launch(64, 64, 4, 3), Launch(64, 64, 4, 2)],
+        128: [Launch(128, 64, 8, 3), Launch(64, 32, 4, 2)],
+        256: [Launch(128, 32, 8, 1), Launch(32, 32, 4, 2)],
     },
     4: {
         64: [Launch(64, 32, 8, 2), Launch(32, 32, 4, 2)],
@@ -34,9 +34,9 @@ GRAD_QUERY: Table = {
 # rows are keys
 GRAD_KEY_VALUE: Table = {
     2: {
-        64: [Launch(128, 64, 8, 2), Launch(128, 32, 8, 2)],
-        128: [Launch(128, 32, 8, 2), Launch(64, 32, 8, 2)],
-        256: [Launch(32, 32, 8, 2), Launch(32, 32, 8, 2)],
+        64: [Launch(64, 64, 4, 3), Launch(128, 32, 8, 2)],
+        128: [Launch(128, 64, 8, 2), Launch(64, 32, 8, 2)],
+        256: [Launch(64, 32, 8, 3), Launch(32, 32, 8, 2)],
     },
     4: {
         64: [Launch(64, 32, 8, 2), Launch(32, 32, 4, 2)],

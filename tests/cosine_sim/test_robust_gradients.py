@@ -27,7 +27,7 @@ def test_expanded_gradient_of_a_sum(dtype: torch.dtype, device: torch.device) ->
     for name, a, e in zip(
         SPEC.floating(arguments), expanded, torch.autograd.grad((out, lse), leaves, ones)
     ):
-        assert torch.equal(a, e), name
+        assert_same(name, a, e)
     assert_agrees(SPEC, case.but(strides="expanded"), dtype, device)
 
 
