@@ -140,7 +140,8 @@ def test_length_of_the_vectors_does_not_matter(
     units = {name: arguments[name] / size for name in signs}
     unit = assert_arguments_agree(SPEC, arguments | units)
     for name in ("out", "lse", "value"):
-        assert torch.equal(small[name], unit[name])
+        rounding = 2 * torch.finfo(small[name].dtype).eps * unit[name].abs().max()
+        assert (small[name] - unit[name]).abs().max() <= rounding
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
