@@ -1,5 +1,7 @@
 """Gradients that kernels of this kind got wrong before, and sizes of zero."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -212,3 +214,34 @@ def test_gradient_through_two_halves_is_that_of_the_whole(device: torch.device) 
     out, lse = SPEC.with_lse(**arguments)
     for a, e in zip(halves, torch.autograd.grad(out.sin().sum() + lse.sum(), leaves)):
         assert_same("gradient", a, e)
+
+
+def test_tangents_and_second_derivatives_at_zero_vectors_and_empty_rows(
+    device: torch.device,
+) -> None:
+    """Where the norm and the softmax have no derivative of their own."""
+    arguments = build(BASE.but(mask="B1MN", sink=True, batch=1), torch.float64, device)
+    arguments["query"][:, :, ::3] = 0
+    arguments["key"][:, :, ::4] = 0
+    arguments["mask"][:, :, 5:9] = False
+    names = ("query", "key", "value", "sink")
+    inputs = tuple(arguments.pop(name) for name in names)
+    tangents = tuple(x.cos() for x in inputs)
+    without_sink = {name: x for name, x in zip(names, inputs) if name != "sink"}
+
+    def derivatives(op: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
+        def scalar(*values: Tensor) -> Tensor:
+            out, lse = op(**arguments, **dict(zip(names, values)))
+            alone = op(**arguments, **dict(zip(without_sink, values)))[0]
+            return out.sin().sum() + lse.square().sum() + alone.sin().sum()
+
+        gradient = torch.func.grad(scalar, (0, 1, 2, 3))
+        first, tangent = torch.func.jvp(gradient, inputs, tangents)
+        leaves = tuple(x.detach().requires_grad_() for x in inputs)
+        grads = torch.autograd.grad(scalar(*leaves), leaves, create_graph=True)
+        along = torch.stack([(g * t).sum() for g, t in zip(grads, tangents)]).sum()
+        return [*first, *tangent, *torch.autograd.grad(along, leaves)]
+
+    for i, (a, e) in enumerate(zip(derivatives(SPEC.with_lse), derivatives(formula))):
+        assert not e.isnan().any()
+        assert_same(f"derivative {i}", a, e)
