@@ -79,5 +79,8 @@ def run_in_fresh_process(
     command += ["--context", str(context), "--device", str(device)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{package.name} in a fresh process:\n{done.stdout}{done.stderr}")
+        status = f"exit status {done.returncode}"  # -11: a crash, which prints nothing
+        raise RuntimeError(
+            f"{package.name} in a fresh process, {status}:\n{done.stdout}{done.stderr}"
+        )
     return done.stdout
