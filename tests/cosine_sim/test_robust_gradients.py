@@ -236,7 +236,7 @@ def test_tangents_and_second_derivatives_at_zero_vectors_and_empty_rows(
             return out.sin().sum() + lse.square().sum() + alone.sin().sum()
 
         gradient = torch.func.grad(scalar, (0, 1, 2, 3))
-        first, tangent = torch.func.jvp(gradient, inputs, tangents)
+        first, tangent, *_ = torch.func.jvp(gradient, inputs, tangents)
         leaves = tuple(x.detach().requires_grad_() for x in inputs)
         grads = torch.autograd.grad(scalar(*leaves), leaves, create_graph=True)
         along = torch.stack([(g * t).sum() for g, t in zip(grads, tangents)]).sum()
