@@ -32,15 +32,12 @@ ROOT = Path(__file__).resolve().parent
 LIBRARY = "attn_ops/lib/libattn_ops.so"
 OLDEST_TORCH = (2, 11)
 
-# -ffp-contract: multiplications and additions become FMA also in ISO C++.
+# -ffp-contract: multiplications and additions become FMA also in ISO C++. -fno-math-errno: sqrt
+# becomes an instruction.
 COMPILE = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wall"]
 # Vectors are passed between inlined functions only; their calling convention does not matter.
-COMPILE += ["-Wno-psabi", "-Wno-ignored-attributes"]
-COMPILE += [
-    "-fvisibility=hidden",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
-    "-DTORCH_STABLE_ONLY",
-]
+COMPILE += ["-Wno-psabi", "-Wno-ignored-attributes", "-fvisibility=hidden"]
+COMPILE += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
 
 def torch_folder() -> Path:
