@@ -109,6 +109,23 @@ void add_extras(T* row, T* scratch, const Problem& p, const Parameters<T>& param
   }
 }
 
+// The end of a row whose weights exp(score - shift) add up to sum: its lse, and what its
+// accumulated values are multiplied with. A sink is one more weight without a value.
+struct Total {
+  double lse, factor;
+
+  Total(double shift, double sum, double sink) {
+    constexpr double hidden = -std::numeric_limits<double>::infinity();
+    lse = sum > 0 ? shift + std::log(sum) : hidden;
+    factor = sum > 0 ? 1 / sum : 0;
+    if (sink == hidden) return;
+    const double larger = std::max(lse, sink);
+    const double with_sink = larger + std::log(std::exp(lse - larger) + std::exp(sink - larger));
+    factor *= std::exp(lse - with_sink);
+    lse = with_sink;
+  }
+};
+
 // Hides the keys of row [begin, end) that lie outside of [visible_begin, visible_end).
 template <class T>
 ATTN_INLINE void hide_outside(T* row, int64_t begin, int64_t end, int64_t visible_begin,

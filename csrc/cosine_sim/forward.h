@@ -210,24 +210,15 @@ class Forward {
   }
 
   void finish_row(const QueryBlock& q, int64_t r) {
-    constexpr double hidden = -std::numeric_limits<double>::infinity();
-    const double sum = horizontal_sum<T>(load(sums_.get() + r * Simd<T>::lanes));
-    const double highest = bounded_ ? shift_ / kLog2E : double{row_max_[r]};
-    const double keys_lse = sum > 0 ? highest + std::log(sum) : hidden;
-    double lse = keys_lse;
-    double factor = sum > 0 ? 1 / sum : 0;
-    const double sink = parameters_.sink[q.head];
-    if (sink > hidden) {
-      const double larger = std::max(keys_lse, sink);
-      lse = larger + std::log(std::exp(keys_lse - larger) + std::exp(sink - larger));
-      factor *= std::exp(keys_lse - lse);
-    }
+    const Total total(bounded_ ? shift_ / kLog2E : double{row_max_[r]},
+                      horizontal_sum<T>(load(sums_.get() + r * Simd<T>::lanes)),
+                      parameters_.sink[q.head]);
     const int64_t index = (q.batch * p_.H + q.head) * p_.M + q.first + r;
-    static_cast<T*>(p_.lse.data)[index] = static_cast<T>(lse);
+    static_cast<T*>(p_.lse.data)[index] = static_cast<T>(total.lse);
     for (int64_t panel = 0; panel < out_panels_; ++panel) {
       const T* out = out_row(r, panel);
       for (int e = 0; e < kPanel<T>; ++e) {
-        row_.get()[panel * kPanel<T> + e] = out[e] * static_cast<T>(factor);
+        row_.get()[panel * kPanel<T> + e] = out[e] * static_cast<T>(total.factor);
       }
     }
     store_row(p_.out, index * p_.E, row_.get(), p_.E);
@@ -255,6 +246,7 @@ inline int64_t query_block_size(const Problem& p) {
 template <class T>
 void forward(const Problem& p) {
   const Parameters<T> parameters(p);
+  if (has_few_queries(p)) return forward_few_queries(p, parameters);
   const PackedKeys<T> keys(p, parameters, /*backward=*/false);
   const int64_t size = query_block_size(p);
   const int64_t blocks = (p.M + size - 1) / size;

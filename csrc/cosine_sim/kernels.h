@@ -20,6 +20,8 @@
 
 #include "cosine_sim/block.h"
 
+#include "cosine_sim/few_queries.h"
+
 #include "cosine_sim/forward.h"
 
 #include "cosine_sim/partials.h"
