@@ -41,9 +41,7 @@ class Target:
 
 
 @pytest.fixture
-def compiled(
-    capability: int, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[list[tuple[str, Any]]]:
+def compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
     """(name, compiled kernel) of every launch, none of which runs."""
     from attn_ops._triton import launch
 
