@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,7 +18,7 @@ TOLERANCE = {
     torch.float16: 1e-2,
     torch.bfloat16: 4e-2,
 }
-SLOW = 6  # budgets that one round may take before its repetition is given up
+SLOW = 5  # budgets that one round may take before its repetition is given up
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -56,31 +56,50 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-def check(
-    entry: Entry, contender: Contender, call: Call, inputs: Inputs, setting: Setting, grad: bool
-) -> tuple[str, float]:
-    """Compares the first and the last key/value head with float64.
+@dataclass
+class Exact:
+    """The float64 results of the first and the last key/value head, kept for the next contender."""
 
-    Returns what is wrong, or '', and the seconds that the call took.
+    entry: Entry
+    key: object = None
+    heads: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def of(
+        self, inputs: Inputs, setting: Setting, with_norm: bool
+    ) -> dict[int, list[torch.Tensor]]:
+        """Key/value head -> out, grad_query, grad_key, grad_value of it and its query heads."""
+        key = (replace(setting, threads=0), with_norm)  # inputs do not depend on threads
+        if self.key != key:
+            self.key, self.heads = key, {}
+            group = setting.heads // setting.kv_heads
+            for head in {0, setting.kv_heads - 1}:
+                part = inputs.heads(head, 1, group)
+                out = self.entry.reference(part, setting, with_norm)
+                grads = torch.autograd.grad(out, part.leaves(), part.grad_out)
+                self.heads[head] = [out.detach(), *grads]
+        return self.heads
+
+
+def check(
+    exact: Exact, contender: Contender, call: Call, inputs: Inputs, setting: Setting, grad: bool
+) -> tuple[str, dict[str, float]]:
+    """Compares with float64.
+
+    Returns what is wrong, or '', and the seconds that the passes took this first time.
     """
     start = time.perf_counter()
     out = call()
-    names, results = ["out"], [out]
+    seconds = {"forward": time.perf_counter() - start}
+    results = [out]
     if grad:
-        names += ["grad_query", "grad_key", "grad_value"]
         results += torch.autograd.grad(out, inputs.leaves(), inputs.grad_out)
-    seconds = time.perf_counter() - start
-    group = setting.heads // setting.kv_heads
-    for head in {0, setting.kv_heads - 1}:
-        exact_inputs = inputs.heads(head, 1, group)
-        exact_out = entry.reference(exact_inputs, setting, contender.with_norm)
-        exact = [exact_out]
-        if grad:
-            exact += torch.autograd.grad(exact_out, exact_inputs.leaves(), exact_inputs.grad_out)
-        for name, result, expected in zip(names, results, exact, strict=True):
+        seconds["forward+backward"] = time.perf_counter() - start
+    for head, expected in exact.of(inputs, setting, contender.with_norm).items():
+        names = ("out", "grad_query", "grad_key", "grad_value")
+        for name, result, right in zip(names, results, expected, strict=False):
             per_head = result.shape[1] // setting.kv_heads
             part = result[:, head * per_head : (head + 1) * per_head]
-            error = relative_error(part.detach(), expected.detach())
+            error = relative_error(part.detach(), right)
             if not error <= TOLERANCE[setting.dtype]:
                 return f"wrong: {name} is off by {error:.1e}", seconds
     return "", seconds
@@ -89,8 +108,14 @@ def check(
 def timed_call(call: Call, inputs: Inputs, which: str) -> Callable[[], object]:
     """What is timed: a pass in inference, a pass backwards on a kept graph, or both."""
     if which == "backward":
-        out = call()
-        return lambda: torch.autograd.grad(out, inputs.leaves(), inputs.grad_out, retain_graph=True)
+        kept: list[torch.Tensor] = []
+
+        def backward() -> object:
+            if not kept:  # in the round that warms up
+                kept.append(call())
+            return torch.autograd.grad(kept[0], inputs.leaves(), inputs.grad_out, retain_graph=True)
+
+        return backward
     if which == "forward+backward":
         return lambda: torch.autograd.grad(call(), inputs.leaves(), inputs.grad_out)
 
@@ -118,44 +143,55 @@ def time_once(run: Callable[[], object], device: str, flush: torch.Tensor | None
 
 
 def measure(
-    entry: Entry,
+    exact: Exact,
     contenders: list[Contender],
     inputs: Inputs,
     setting: Setting,
-    which: str,
+    passes: list[str],
     num_times: int,
     budget: float,
-) -> list[Times]:
-    """Every contender checked, then `num_times` rounds, or (3 at least) as many as fit `budget`.
+) -> dict[str, list[Times]]:
+    """Every contender checked; then for each pass `num_times` rounds, or as many as fit `budget`.
 
-    On a CPU where one round would take many budgets, the calls that were checked are the round.
+    Three rounds are the least. On a slow CPU the calls that were checked count as the first round,
+    and where a round takes many budgets they are the only one.
     """
     if setting.device == "cpu":
         torch.set_num_threads(setting.threads)
-    results, ready = [], []
+    results: dict[str, list[Times]] = {which: [] for which in passes}
+    ready: dict[str, list[tuple[Times, Callable[[], object]]]] = {which: [] for which in passes}
+    first_round = dict.fromkeys(passes, 0.0)
     for contender in contenders:
-        times = Times(contender)
-        results.append(times)
-        try:
-            call = contender.prepare(inputs, setting)
-            if isinstance(call, str):
-                times.failure = call
-                continue
-            grad = which != "forward"
-            times.failure, seconds = check(entry, contender, call, inputs, setting, grad)
-            if not times.failure:
-                ready.append((times, timed_call(call, inputs, which), seconds))
-        except Exception as error:
-            times.failure = explain(error)
-    in_one_round = sum(seconds for _, _, seconds in ready)
-    if setting.device == "cpu" and which != "backward" and in_one_round > SLOW * budget:
-        for times, _, seconds in ready:
-            times.seconds.append(seconds)
-        return results
-    warm_up = setting.device == "cuda" or in_one_round < budget / 4
-    turns = [(times, run) for times, run, _ in ready]
-    take_turns(turns, setting.device, num_times, budget, warm_up)
+        call, failure, seconds = attempt(exact, contender, inputs, setting, passes != ["forward"])
+        for which in passes:
+            times = Times(contender, failure=failure)
+            results[which].append(times)
+            if call is not None and not failure:
+                ready[which].append((times, timed_call(call, inputs, which)))
+                if which in seconds:
+                    first_round[which] += seconds[which]
+                    times.seconds.append(seconds[which])
+    for which in passes:
+        slow = setting.device == "cpu" and first_round[which] > budget
+        if not slow:
+            for times, _ in ready[which]:
+                times.seconds.clear()
+        if not slow or first_round[which] <= SLOW * budget:
+            take_turns(ready[which], setting.device, num_times, budget, slow)
     return results
+
+
+def attempt(
+    exact: Exact, contender: Contender, inputs: Inputs, setting: Setting, grad: bool
+) -> tuple[Call | None, str, dict[str, float]]:
+    """The call, why it is not to be timed, and the seconds of its first passes."""
+    try:
+        call = contender.prepare(inputs, setting)
+        if isinstance(call, str):
+            return None, call, {}
+        return call, *check(exact, contender, call, inputs, setting, grad)
+    except Exception as error:
+        return None, explain(error), {}
 
 
 def take_turns(
@@ -163,14 +199,14 @@ def take_turns(
     device: str,
     num_times: int,
     budget: float,
-    warm_up: bool,
+    slow: bool,
 ) -> None:
-    """Rounds in which everybody runs once; one that warms up does not count."""
+    """Rounds in which everybody runs once; one that warms up comes before, if not slow."""
     flush = None
     if device == "cuda":
         flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     start = time.perf_counter()
-    for turn in range(-1 if warm_up else 0, num_times):
+    for turn in range(1 if slow else -1, num_times):
         if turn >= 3 and time.perf_counter() - start > budget:
             break
         for times, run in ready:

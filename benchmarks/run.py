@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import cosine_sim
 from benchmarks.cases import Entry, Setting, draw
-from benchmarks.measure import explain, measure
+from benchmarks.measure import Exact, explain, measure
 from benchmarks.report import Row, bars, markdown, write_csv, write_plots
 
 OPS: dict[str, Entry] = {"cosine_sim": cosine_sim.ENTRY}
@@ -79,8 +79,8 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
     """All rows of the table but for the pass."""
     causal = {"yes": [True], "no": [False], "both": [False, True]}[args.causal]
     threads = args.threads if args.device == "cpu" else [0]
-    for dtype, width, is_causal, number, length in itertools.product(
-        args.dtype, args.head_dim, causal, threads, args.seq_lens
+    for dtype, width, is_causal, length, number in itertools.product(
+        args.dtype, args.head_dim, causal, args.seq_lens, threads
     ):
         heads = args.model_width // width if args.model_width else args.heads
         yield Setting(
@@ -122,6 +122,7 @@ def main() -> None:
     entry = OPS[args.op]
     print(f"{args.op} on {where(args.device)}\n", flush=True)
     rows: list[Row] = []
+    exact = Exact(entry)
     for setting in settings(args):
         torch.compiler.reset()
         contenders = entry.contenders(args.device, args.everyone)
@@ -130,8 +131,10 @@ def main() -> None:
         except Exception as error:
             print(f"{setting.words()}: {explain(error)}")
             continue
-        for which in passes(args):
-            times = measure(entry, contenders, inputs, setting, which, args.num_times, args.budget)
+        results = measure(
+            exact, contenders, inputs, setting, passes(args), args.num_times, args.budget
+        )
+        for which, times in results.items():
             rows.append(Row(setting, which, times))
             lines = markdown(rows[-1:]).splitlines()
             print("\n".join(lines if len(rows) == 1 else lines[2:]), flush=True)
