@@ -80,7 +80,10 @@ def _one_by_one(
 ) -> Any:
     """A loop over the copies, for what cannot be folded (packed sequences that differ by copy)."""
     pairs = list(zip(args, in_dims, strict=True))
-    results = [
-        overload(*(x if dim is None else x.select(dim, v) for x, dim in pairs)) for v in range(size)
-    ]
+
+    def copy(v: int) -> list[Any]:
+        # A list of options has a list of dimensions, all None.
+        return [x.select(dim, v) if isinstance(dim, int) else x for x, dim in pairs]
+
+    results = [overload(*copy(v)) for v in range(size)]
     return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
