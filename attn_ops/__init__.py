@@ -1,6 +1,19 @@
 """Attention that is not softmax of dot products, visible to PyTorch's compiler."""
 
+from attn_ops import feature_maps
 from attn_ops.cosine_sim import cosine_sim_attention, l2_normalize
+from attn_ops.linear import (
+    linear_attention,
+    linear_attention_step,
+    linear_attention_with_state,
+)
 
 __version__ = "0.1.0"
-__all__ = ["cosine_sim_attention", "l2_normalize"]
+__all__ = [
+    "cosine_sim_attention",
+    "feature_maps",
+    "l2_normalize",
+    "linear_attention",
+    "linear_attention_step",
+    "linear_attention_with_state",
+]

@@ -78,8 +78,8 @@ def fold(
     """Checks the shared arguments of `op` and folds them."""
     query, key, value = autocast(query, key, value)
     merged = query.dim() == 3
-    query, key, value = _fold_layout(op, query, key, value)
-    _check_sizes(op, query, key, value)
+    query, key, value = fold_layout(op, query, key, value)
+    check_sizes(op, query, key, value)
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     full = (batch, heads, num_queries, num_keys)
@@ -90,7 +90,7 @@ def fold(
         raise fail(op, "window", "be at least 1", window)
     start, stop, left, right = None, None, *masks.band(causal, window)
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        offsets = _check_offsets(op, query, cu_seqlens_q, cu_seqlens_k)
+        offsets = _check_both_offsets(op, query, cu_seqlens_q, cu_seqlens_k)
         start, stop = masks.packed_intervals(num_queries, num_keys, causal, window, *offsets)
         left = right = masks.UNBOUNDED
 
@@ -119,7 +119,7 @@ def fold(
     )
 
 
-def _fold_layout(
+def fold_layout(
     op: str, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every layout as rank 4."""
@@ -139,7 +139,7 @@ def _fold_layout(
     return query, key, value
 
 
-def _check_sizes(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_sizes(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     batch, heads, _, width = query.shape
     check_width(op, "query", "D", width)
     if key.shape[3] != width:
@@ -156,12 +156,16 @@ def _check_sizes(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         raise fail(op, "key", f"have a number of heads that divides H={heads}", shape(key))
 
 
-def _fold_mask(op: str, mask: Tensor, query: Tensor, full: tuple[int, ...]) -> Tensor:
+def check_mask(op: str, mask: Tensor, query: Tensor, hint: str = "") -> None:
+    """A bool tensor beside the query."""
     if mask.dtype != torch.bool:
-        hint = "; an additive mask is a bias" if mask.is_floating_point() else ""
         raise TypeError(f"{op}: mask must be bool (True = may attend), got {mask.dtype}{hint}")
     check_dense(op, "mask", mask)
     check_device(op, "mask", mask, query)
+
+
+def _fold_mask(op: str, mask: Tensor, query: Tensor, full: tuple[int, ...]) -> Tensor:
+    check_mask(op, mask, query, "; an additive mask is a bias" if mask.is_floating_point() else "")
     check_rank(op, "mask", mask, (2, 4), "[B, N] or broadcastable to [B, H, M, N]")
     if mask.dim() == 2:
         check_shape(op, "mask", mask, (full[0], full[3]), "[B, N]")
@@ -194,22 +198,32 @@ def _fold_relative_bias(op: str, relative_bias: Tensor, query: Tensor, num_keys:
     return relative_bias.to(compute_dtype(query.dtype)).expand(heads, -1)
 
 
-def _check_offsets(
+def check_offsets(op: str, name: str, offsets: Tensor, query: Tensor) -> None:
+    """Offsets [S+1] of sequences packed into a batch of one."""
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be int32 or int64, got {offsets.dtype}")
+    check_dense(op, name, offsets)
+    check_device(op, name, offsets, query)
+    check_rank(op, name, offsets, (1,), "[S+1]")
+    if offsets.shape[0] < 2:
+        raise fail(op, name, "have at least 2 offsets, [0, length]", shape(offsets))
+
+
+def check_packed(op: str, query: Tensor) -> None:
+    """Sequences are packed into one batch."""
+    if query.shape[0] != 1:
+        expected = "be packed into batch size B=1 beside cu_seqlens"
+        raise fail(op, "query", expected, shape(query))
+
+
+def _check_both_offsets(
     op: str, query: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens_q is None or cu_seqlens_k is None:
         missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise ValueError(f"{op}: {missing} must be given beside the other cu_seqlens, got None")
-    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if offsets.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: {name} must be int32 or int64, got {offsets.dtype}")
-        check_dense(op, name, offsets)
-        check_device(op, name, offsets, query)
-        check_rank(op, name, offsets, (1,), "[S+1]")
-        if offsets.shape[0] < 2:
-            raise fail(op, name, "have at least 2 offsets, [0, length]", shape(offsets))
+    check_offsets(op, "cu_seqlens_q", cu_seqlens_q, query)
+    check_offsets(op, "cu_seqlens_k", cu_seqlens_k, query)
     check_shape(op, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, "[S+1] like cu_seqlens_q")
-    if query.shape[0] != 1:
-        expected = "be packed into batch size B=1 beside cu_seqlens"
-        raise fail(op, "query", expected, shape(query))
+    check_packed(op, query)
     return cu_seqlens_q, cu_seqlens_k

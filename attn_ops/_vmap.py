@@ -63,6 +63,8 @@ def register(
                 shared[i] = (x if dim is None else x.movedim(dim, 0)[0]).shape[1] == 1
             folded[i] = _fold(x, dim, info.batch_size, place, heads)
         results = overload(*folded)
+        if isinstance(results, Tensor):
+            return _unfold(results, info.batch_size, outputs[0], False)
         unfolded: list[tuple[Tensor, int | None]] = []
         for i, (result, place) in enumerate(zip(results, outputs, strict=True)):
             if result.dim() == 1 and result.shape[0] == 0:

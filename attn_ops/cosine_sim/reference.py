@@ -13,17 +13,8 @@ import torch
 from torch import Tensor
 
 from attn_ops import masks
+from attn_ops._heads import per_kv_head, per_query_head
 from attn_ops.cosine_sim.normalize import EPSILON, unit_slices
-
-
-def per_query_head(x: Tensor, heads: int) -> Tensor:
-    """[B, Hk, N, D] -> [B, H, N, D]: query head h reads key/value head h // (H/Hk)."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def per_kv_head(x: Tensor, kv_heads: int) -> Tensor:
-    """The adjoint of `per_query_head`: sums over the query heads of a group."""
-    return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2)
 
 
 def prepare(x: Tensor, gain: Tensor | None, groups: int) -> Tensor:

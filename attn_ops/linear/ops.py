@@ -1,0 +1,412 @@
+"""`attn::linear` and its kin: public ops, and the private ops that carry all the rest.
+
+The public ops check their arguments and fold them; compiled graphs keep the private ones.
+schemas.txt has the schemas.
+
+What the private ops read, beside query, key and value [B, H, M, D], [B, Hk, N, D], [B, Hk, N, E]:
+  mask bool [B, 1 or H, 1, N]; decay [H]; state [B, H, F, E] and key_sum [B, H, F], both or none;
+  offsets int32 [S+1], the first one 0, none above N: packed sequences, B = 1 and no state;
+  causal: M = N, and only then a decay; eps: None leaves the sums as they are.
+Parameters and states have the dtype of sums. The private forward returns, beside out, what it was
+divided by (`denominator` [B, H, M], eps included; [0] without eps), and the state and key_sum after
+the last key ([0] unless they were given). All outputs are contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_ops import _autograd, _library, _vmap
+from attn_ops._arguments import (
+    autocast,
+    check_mask,
+    check_offsets,
+    check_packed,
+    check_sizes,
+    fold_layout,
+)
+from attn_ops._checks import (
+    check_device,
+    check_floating,
+    check_parameter,
+    check_shape,
+    compute_dtype,
+    fail,
+    shape,
+)
+from attn_ops.feature_maps import FEATURE_MAPS, num_features
+from attn_ops.linear import in_blocks
+
+_library.define("linear")
+
+
+def _linear(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    normalize: bool = True,
+    eps: float = 1e-5,
+    decay: Tensor | None = None,
+    feature_map: str = "identity",
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    op = "linear"
+    merged = query.dim() == 3
+    query, key, value = _fold_inputs(op, query, key, value, causal)
+    _autograd.check_forward_mode(op, query, key, value, decay)
+    if decay is not None and not causal:
+        raise ValueError(f"{op}: decay must come with causal=True, got causal=False")
+    if cu_seqlens is not None:
+        check_offsets(op, "cu_seqlens", cu_seqlens, query)
+        check_packed(op, query)
+        if query.shape[2] != key.shape[2]:
+            expected = "have as many tokens as query beside cu_seqlens"
+            raise fail(op, "key", expected, shape(key))
+        first = torch.zeros_like(cu_seqlens[:1])
+        cu_seqlens = torch.cat([first, cu_seqlens[1:]]).clamp(0, key.shape[2]).to(torch.int32)
+    out, *_ = torch.ops.attn._linear_fwd(
+        query,
+        key,
+        value,
+        _fold_mask(op, mask, query, key),
+        _fold_decay(op, decay, query),
+        None,
+        None,
+        cu_seqlens,
+        causal,
+        _fold_eps(op, eps, normalize),
+        _check_feature_map(op, feature_map),
+    )
+    return out.squeeze(1) if merged else out
+
+
+def _linear_with_state(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: Tensor | None = None,
+    key_sum: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-5,
+    decay: Tensor | None = None,
+    feature_map: str = "identity",
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "linear_with_state"
+    merged = query.dim() == 3
+    query, key, value = _fold_inputs(op, query, key, value, True)
+    _autograd.check_forward_mode(op, query, key, value, state, key_sum, decay)
+    _check_feature_map(op, feature_map)
+    state, key_sum = _fold_state(op, state, key_sum, query, value, feature_map, merged)
+    out, _, state, key_sum = torch.ops.attn._linear_fwd(
+        query,
+        key,
+        value,
+        _fold_mask(op, mask, query, key),
+        _fold_decay(op, decay, query),
+        state,
+        key_sum,
+        None,
+        True,
+        _fold_eps(op, eps, normalize),
+        feature_map,
+    )
+    if merged:
+        return out.squeeze(1), state.squeeze(1), key_sum.squeeze(1)
+    return out, state, key_sum
+
+
+def _linear_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: Tensor,
+    key_sum: Tensor,
+    *,
+    normalize: bool = True,
+    eps: float = 1e-5,
+    decay: Tensor | None = None,
+    feature_map: str = "identity",
+) -> Tensor:
+    op = "linear_step"
+    merged = query.dim() == 3
+    query, key, value = _fold_inputs(op, query, key, value, True)
+    _check_feature_map(op, feature_map)
+    if query.shape[2] != 1:
+        raise fail(op, "query", "have one token", shape(query))
+    folded, folded_sum = _fold_state(op, state, key_sum, query, value, feature_map, merged)
+    eps_or_none = _fold_eps(op, eps, normalize)
+    decay = _fold_decay(op, decay, query)
+    out = torch.ops.attn._linear_step(
+        query, key, value, folded, folded_sum, decay, eps_or_none, feature_map
+    )
+    return out.squeeze(1) if merged else out
+
+
+# --- checks and folding
+
+
+def _fold_inputs(
+    op: str, query: Tensor, key: Tensor, value: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = fold_layout(op, *autocast(query, key, value))
+    check_sizes(op, query, key, value)
+    if causal and query.shape[2] != key.shape[2]:
+        raise fail(op, "key", "have as many tokens as query in causal attention", shape(key))
+    return query, key, value
+
+
+def _fold_mask(op: str, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    check_mask(op, mask, query)
+    check_shape(op, "mask", mask, (key.shape[0], key.shape[2]), "[B, N]")
+    return mask[:, None, None, :]
+
+
+def _fold_decay(op: str, decay: Tensor | None, query: Tensor) -> Tensor | None:
+    if decay is None:
+        return None
+    check_parameter(op, "decay", decay, query)
+    check_shape(op, "decay", decay, (query.shape[1],), "[H]")
+    return decay.to(compute_dtype(query.dtype))
+
+
+def _fold_eps(op: str, eps: float, normalize: bool) -> float | None:
+    if isinstance(eps, float) and not (math.isfinite(eps) and eps >= 0):
+        raise fail(op, "eps", "be finite and at least 0", eps)
+    return eps if normalize else None
+
+
+def _check_feature_map(op: str, feature_map: str) -> str:
+    if feature_map not in FEATURE_MAPS:
+        raise fail(op, "feature_map", f"be one of {', '.join(FEATURE_MAPS)}", repr(feature_map))
+    return feature_map
+
+
+def _fold_state(
+    op: str,
+    state: Tensor | None,
+    key_sum: Tensor | None,
+    query: Tensor,
+    value: Tensor,
+    feature_map: str,
+    merged: bool,
+) -> tuple[Tensor, Tensor]:
+    """state [B, H, F, E] and key_sum [B, H, F], zeros where there is none yet."""
+    batch, heads, _, width = query.shape
+    dtype = compute_dtype(query.dtype)
+    features = num_features(feature_map, width)
+    sizes = {"state": (features, value.shape[3]), "key_sum": (features,)}
+    laws = {"state": "F, E]", "key_sum": "F]"}
+    folded = []
+    for name, tensor in (("state", state), ("key_sum", key_sum)):
+        full = (batch, heads, *sizes[name])
+        if tensor is None:
+            folded.append(query.new_zeros(full, dtype=dtype))
+            continue
+        check_floating(op, name, tensor)
+        check_device(op, name, tensor, query)
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} must be {dtype} beside this query, got {tensor.dtype}")
+        if merged:
+            check_shape(op, name, tensor, (batch, *sizes[name]), f"[BH, {laws[name]}")
+            tensor = tensor.unsqueeze(1)
+        check_shape(op, name, tensor, full, f"[B, H, {laws[name]}")
+        folded.append(tensor)
+    return folded[0], folded[1]
+
+
+_library.decompose("linear", _linear)
+_library.decompose("linear_with_state", _linear_with_state)
+_library.decompose("linear_step", _linear_step)
+
+
+# --- shapes
+
+
+@_library.fake("_linear_fwd")
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    decay: Tensor | None,
+    state: Tensor | None,
+    key_sum: Tensor | None,
+    offsets: Tensor | None,
+    causal: bool,
+    eps: float | None,
+    feature_map: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(query.dtype)
+    rows = query.shape[:3]
+    return (
+        query.new_empty(*rows, value.shape[3]),
+        query.new_empty((0,) if eps is None else rows, dtype=dtype),
+        query.new_empty((0,) if state is None else state.shape, dtype=dtype),
+        query.new_empty((0,) if key_sum is None else key_sum.shape, dtype=dtype),
+    )
+
+
+@_library.fake("_linear_bwd")
+def _(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs = [args[i] for i in _DIFFERENTIABLE_IN_BACKWARD]
+    return tuple(
+        grad_out.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
+        for x, needed in zip(inputs, args[-1], strict=True)
+    )
+
+
+@_library.fake("_linear_grad_decay")
+def _(*args: Any) -> Tensor:
+    return args[7].new_empty(args[7].shape)
+
+
+@_library.fake("_linear_step")
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+# --- derivatives
+
+# Arguments of the private forward: 8 tensors, then causal, eps, feature_map.
+_NUM_TENSORS = 8
+_DECAY = 4
+# Its differentiable tensors but for the decay, in the order of the private backward's results.
+_DIFFERENTIABLE = (0, 1, 2, 5, 6)
+# The same among the arguments of the private backward that follow grad_out.
+_DIFFERENTIABLE_IN_BACKWARD = tuple(i + 2 for i in _DIFFERENTIABLE)
+
+
+def _save_forward(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out, denominator, *finals = output
+    normalized = args[9] is not None
+    # Without a denominator the gradients do not depend on out: it need not be kept.
+    ctx.save_for_backward(
+        *args[:_NUM_TENSORS], *((out, denominator) if normalized else (None,) * 2)
+    )
+    ctx.options = args[_NUM_TENSORS:]
+    ctx.mark_non_differentiable(denominator, *(x for x in finals if args[5] is None))
+    ctx.set_materialize_grads(False)
+
+
+def _forward_backward(
+    ctx: Any,
+    grad_out: Tensor | None,
+    grad_denominator: Tensor | None,
+    grad_final_state: Tensor | None,
+    grad_final_key_sum: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    *tensors, out, denominator = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * (_NUM_TENSORS + len(ctx.options))
+    results_grads = (grad_out, grad_final_state, grad_final_key_sum)
+    if all(grad is None for grad in results_grads):
+        return tuple(grads)
+    query, value = tensors[0], tensors[2]
+    if grad_out is None:
+        grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
+    cotangents = (grad_out, grad_final_state, grad_final_key_sum)
+    needed = _autograd.needed(ctx)
+    output_mask = [needed[i] for i in _DIFFERENTIABLE]
+    if any(output_mask):
+        results = torch.ops.attn._linear_bwd(
+            *cotangents, *tensors, out, denominator, *ctx.options, output_mask
+        )
+        for i, result, need in zip(_DIFFERENTIABLE, results, output_mask, strict=True):
+            grads[i] = result if need else None
+    if needed[_DECAY]:
+        grads[_DECAY] = torch.ops.attn._linear_grad_decay(*cotangents, *tensors, *ctx.options[1:])
+    return tuple(grads)
+
+
+def _save(num_tensors: int) -> Any:
+    def save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
+        ctx.options = args[num_tensors:]
+        ctx.save_for_backward(*args[:num_tensors])
+        ctx.set_materialize_grads(False)
+
+    return save
+
+
+def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
+    # out and denominator take no part: the formula computes them again.
+    args = (*ctx.saved_tensors, *ctx.options)
+    places = (0, 1, 2, 3, 4, 5, 7, 8, 9)
+    return _autograd.vjp_of_formula(in_blocks.backward_formula, args, cotangents, places)
+
+
+def _grad_decay_backward(ctx: Any, cotangent: Tensor | None) -> list[Tensor | None]:
+    args = (*ctx.saved_tensors, *ctx.options)
+    places = (0, 1, 2, 3, 4, 5, 7, 8, 9)
+
+    def formula(*args: Any) -> tuple[Tensor]:
+        return (in_blocks.grad_decay_formula(*args),)
+
+    return _autograd.vjp_of_formula(formula, args, (cotangent,), places)
+
+
+_autograd.differentiable("_linear_fwd", _save_forward, _forward_backward, in_blocks.forward_formula)
+_autograd.differentiable("_linear_bwd", _save(13), _backward_backward, in_blocks.backward_formula)
+_autograd.differentiable(
+    "_linear_grad_decay", _save(11), _grad_decay_backward, in_blocks.grad_decay_formula
+)
+
+
+# --- batching: where the heads stand in every tensor
+
+_FORWARD_PLACES = (
+    *[_vmap.BATCH_HEADS] * 3,  # query, key, value
+    _vmap.SCORES,  # mask
+    _vmap.HEADS,  # decay
+    *[_vmap.BATCH_HEADS] * 2,  # state, key_sum
+    _vmap.NOWHERE,  # offsets
+)
+_vmap.register("_linear_fwd", _FORWARD_PLACES, [_vmap.BATCH_HEADS] * 4)
+_vmap.register(
+    "_linear_bwd",
+    (*[_vmap.BATCH_HEADS] * 3, *_FORWARD_PLACES, *[_vmap.BATCH_HEADS] * 2),
+    [_FORWARD_PLACES[i] for i in _DIFFERENTIABLE],
+)
+_vmap.register("_linear_grad_decay", (*[_vmap.BATCH_HEADS] * 3, *_FORWARD_PLACES), [_vmap.HEADS])
+
+
+# --- kernels
+
+
+def _forward_cuda(query: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    if query.dtype == torch.float64:
+        return in_blocks.forward(query, *args)
+    return _library.triton_room("linear").forward(query, *args)
+
+
+def _backward_cuda(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    if grad_out.dtype == torch.float64:
+        return in_blocks.backward(grad_out, *args)
+    return _library.triton_room("linear").backward(grad_out, *args)
+
+
+def _step_cuda(query: Tensor, *args: Any) -> Tensor:
+    if query.dtype == torch.float64:
+        return in_blocks.step(query, *args)
+    return _library.triton_room("linear").step(query, *args)
+
+
+for _op, _blocks, _cuda in (
+    ("_linear_fwd", in_blocks.forward, _forward_cuda),
+    ("_linear_bwd", in_blocks.backward, _backward_cuda),
+    ("_linear_step", in_blocks.step, _step_cuda),
+):
+    _library.implement(_op, _blocks, "CompositeExplicitAutograd")
+    _library.implement(_op, _cuda, "CUDA")
+_library.implement("_linear_grad_decay", in_blocks.grad_decay, "CompositeExplicitAutograd")
+# A step has no gradient: nothing is recorded, and its result requires none.
+_library.implement("_linear_step", torch.library.fallthrough_kernel, "Autograd")
