@@ -127,15 +127,16 @@ class MultiheadAttention(nn.Module):
         return f"heads={self.heads}, kv_heads={self.kv_heads}, attention={name}"
 
 
-def rotary(x: Tensor, base: float = 10000.0) -> Tensor:
+def rotary(x: Tensor, base: float = 10000.0, start: int = 0) -> Tensor:
     """Rotary position embedding: the pair ``(x[d], x[d + D/2])`` turned by ``m * base**(-2d/D)``.
 
     The product of two rotated vectors depends on their distance, not on their positions. A
     rotation keeps lengths: normalising after it equals normalising before it.
 
     Args:
-        x: ``[..., M, D]``, D even; the position ``m`` is the index along ``M``.
+        x: ``[..., M, D]``, D even; the position ``m`` is the index along ``M``, plus ``start``.
         base: the wavelengths go from ``2*pi`` to ``2*pi*base`` tokens.
+        start: the position of the first token, where others came before (decoding).
 
     Returns:
         The shape and dtype of ``x``; the angles are float32 whatever the dtype.
@@ -143,7 +144,7 @@ def rotary(x: Tensor, base: float = 10000.0) -> Tensor:
     Source: Su et al., https://arxiv.org/abs/2104.09864
     """
     half = x.shape[-1] // 2
-    position = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
+    position = start + torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
     frequency = torch.arange(half, device=x.device, dtype=torch.float32)
     frequency = torch.exp2(frequency * (-math.log2(base) / half))
     angle = position[:, None] * frequency  # [M, D/2]

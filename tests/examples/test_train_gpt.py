@@ -70,13 +70,17 @@ def test_trains_packages_and_runs_the_package_in_a_fresh_process(text: Path) -> 
         assert (out / file).stat().st_size > 0
 
 
+@pytest.mark.parametrize(
+    "attention, ops", {"softmax": [], "linear": ["attn.linear.default"]}.items()
+)
 def test_without_a_compiler_the_exported_program_is_what_remains(
-    text: Path, no_compiler: None, capfd: pytest.CaptureFixture[str]
+    attention: str, ops: list[str], text: Path, no_compiler: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = text.parent / "run"
-    options = f"{TINY} --data {text} --out {out} --steps 4 --attention softmax --post-norm"
+    options = f"{TINY} --data {text} --out {out} --steps 4 --attention {attention} --post-norm"
     assert train_gpt.main(options.split()) == 0
     printed = capfd.readouterr().out
+    assert f"ops of this library in it: {ops}" in printed
     assert "No AOTInductor package: it needs a C++ compiler" in printed
     assert "gpt.exported.pt2 gives the same logits in a fresh process" in printed
     assert not (out / "gpt.pt2").exists()
