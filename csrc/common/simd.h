@@ -127,13 +127,10 @@ ATTN_INLINE Vec<T> interleave_high(Vec<T> a, Vec<T> b) {
   return interleave_from<T, lanes / 2>(a, b, std::make_integer_sequence<int, lanes>());
 }
 
-// 2^(x - shift), where magic = round_magic - shift for an integer shift: the shift costs nothing,
-// it rides in the bits that become the exponent. x - shift must stay above min_exponent.
+// 2^(fraction + whole) for a fraction in [-1/2, 1/2]; rounded is whole + round_magic.
 template <class T>
-ATTN_INLINE Vec<T> exp2_shifted(Vec<T> x, Vec<T> magic) {
+ATTN_INLINE Vec<T> exp2_split(Vec<T> fraction, Vec<T> rounded) {
   using S = Simd<T>;
-  const Vec<T> rounded = x + magic;
-  const Vec<T> fraction = x - (rounded - magic);
   Vec<T> power = splat<T>(S::exp2_coefficients[S::terms - 1]);
 #pragma GCC unroll 16
   for (int i = S::terms - 2; i >= 0; --i) {
@@ -141,6 +138,14 @@ ATTN_INLINE Vec<T> exp2_shifted(Vec<T> x, Vec<T> magic) {
   }
   using Bits = typename S::Bits;  // unsigned: wraps for scores that are hidden afterwards
   return (Vec<T>)((Bits)power + ((Bits)rounded << S::mantissa_bits));
+}
+
+// 2^(x - shift), where magic = round_magic - shift for an integer shift: the shift costs nothing,
+// it rides in the bits that become the exponent. x - shift must stay above min_exponent.
+template <class T>
+ATTN_INLINE Vec<T> exp2_shifted(Vec<T> x, Vec<T> magic) {
+  const Vec<T> rounded = x + magic;
+  return exp2_split<T>(x - (rounded - magic), rounded);
 }
 
 // 2^x for x <= 0 (a little above is fine), exactly 0 where 2^x is not a normal number.

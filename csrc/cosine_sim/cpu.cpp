@@ -1,69 +1,20 @@
 // attn::_cosine_sim_fwd and attn::_cosine_sim_bwd on the CPU: shapes in, kernels of this machine.
-//
-// The Python composite has validated its arguments; here only what would read or write out of
-// bounds is checked, in the same words.
 #include <torch/csrc/stable/library.h>
 
-#include <sstream>
-#include <string>
 #include <tuple>
 
+#include "common/checks.h"
+#include "common/isa.h"
 #include "cosine_sim/problem.h"
 #include "cosine_sim/sdpa.h"
 
 namespace attn::cosine_sim {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
+constexpr const char* kOp = "cosine_sim";
+
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
-
-std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "(";
-  const auto sizes = tensor.sizes();
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i > 0 ? ", " : "") << sizes[i];
-  text << (sizes.size() == 1 ? ",)" : ")");
-  return text.str();
-}
-
-// -1 stands for any size, `or_one` allows a size of 1 in place of any other.
-void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected,
-                 bool or_one = false) {
-  const auto sizes = tensor.sizes();
-  bool fits = sizes.size() == expected.size();
-  std::ostringstream text;
-  size_t dim = 0;
-  for (const int64_t size : expected) {
-    fits = fits && (size < 0 || sizes[dim] == size || (or_one && sizes[dim] == 1));
-    text << (dim++ > 0 ? ", " : "");
-    if (size < 0) {
-      text << "any";
-    } else {
-      text << size;
-    }
-  }
-  STD_TORCH_CHECK(fits, "cosine_sim: ", name, " must have shape (", text.str(),
-                  or_one ? "), 1 where broadcast, got " : "), got ", shape_text(tensor));
-}
-
-void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
-  STD_TORCH_CHECK(tensor.scalar_type() == expected, "cosine_sim: ", name, " must have dtype ",
-                  torch::headeronly::toString(expected), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-}
-
-ScalarType compute_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// A parameter of the compute dtype.
-void check_parameter(const char* name, const OptionalTensor& tensor, ScalarType dtype,
-                     std::initializer_list<int64_t> shape) {
-  if (!tensor.has_value()) return;
-  check_dtype(name, *tensor, compute_dtype(dtype));
-  check_shape(name, *tensor, shape);
-}
 
 struct Arguments {
   const Tensor& query;
@@ -83,58 +34,35 @@ struct Arguments {
   int64_t groups;
 };
 
-void check_query_key_value(const Arguments& a) {
-  const ScalarType dtype = a.query.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float ||
-                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "cosine_sim: query must be float64, float32, bfloat16 or float16, got ",
-                  torch::headeronly::toString(dtype));
-  check_dtype("key", a.key, dtype);
-  check_dtype("value", a.value, dtype);
-  check_shape("query", a.query, {-1, -1, -1, -1});
-  check_shape("key", a.key, {a.query.size(0), -1, -1, a.query.size(3)});
-  check_shape("value", a.value, {a.query.size(0), a.key.size(1), a.key.size(2), -1});
-  const int64_t heads = a.query.size(1);
-  STD_TORCH_CHECK(a.key.size(1) > 0 ? heads % a.key.size(1) == 0 : heads == 0,
-                  "cosine_sim: key must have a number of heads that divides H=", heads, ", got ",
-                  shape_text(a.key));
-  for (const Tensor* tensor : {&a.query, &a.value}) {
-    const int64_t width = tensor->size(3);
-    STD_TORCH_CHECK(width >= 1 && width <= 256,
-                    "cosine_sim: ", tensor == &a.query ? "query" : "value",
-                    " must have a width of 1 to 256, got ", shape_text(*tensor));
-  }
-  STD_TORCH_CHECK(a.groups >= 0 && (a.groups == 0 || a.query.size(3) % a.groups == 0),
-                  "cosine_sim: groups must divide D=", a.query.size(3), ", got ", a.groups);
-}
-
 void check_options(const Arguments& a) {
   const ScalarType dtype = a.query.scalar_type();
   const int64_t B = a.query.size(0), H = a.query.size(1), M = a.query.size(2), N = a.key.size(2);
   if (a.mask.has_value()) {
-    check_dtype("mask", *a.mask, ScalarType::Bool);
-    check_shape("mask", *a.mask, {B, H, M, N}, /*or_one=*/true);
+    check_dtype(kOp, "mask", *a.mask, ScalarType::Bool);
+    check_shape(kOp, "mask", *a.mask, {B, H, M, N}, /*or_one=*/true);
   }
   if (a.bias.has_value()) {
-    if (a.bias->scalar_type() != dtype) check_dtype("bias", *a.bias, compute_dtype(dtype));
-    check_shape("bias", *a.bias, {B, H, M, N}, /*or_one=*/true);
+    if (a.bias->scalar_type() != dtype) check_dtype(kOp, "bias", *a.bias, compute_dtype(dtype));
+    check_shape(kOp, "bias", *a.bias, {B, H, M, N}, /*or_one=*/true);
   }
-  if (M + N > 0) check_parameter("relative_bias", a.relative_bias, dtype, {H, M + N - 1});
-  check_parameter("head_scale", a.head_scale, dtype, {H});
-  check_parameter("query_gain", a.query_gain, dtype, {H, a.query.size(3)});
-  check_parameter("key_gain", a.key_gain, dtype, {a.key.size(1), a.query.size(3)});
-  check_parameter("sink", a.sink, dtype, {H});
+  if (M + N > 0) check_parameter(kOp, "relative_bias", a.relative_bias, dtype, {H, M + N - 1});
+  check_parameter(kOp, "head_scale", a.head_scale, dtype, {H});
+  check_parameter(kOp, "query_gain", a.query_gain, dtype, {H, a.query.size(3)});
+  check_parameter(kOp, "key_gain", a.key_gain, dtype, {a.key.size(1), a.query.size(3)});
+  check_parameter(kOp, "sink", a.sink, dtype, {H});
   STD_TORCH_CHECK(a.start.has_value() == a.stop.has_value(),
                   "cosine_sim: start and stop must be given together");
   if (!a.start.has_value()) return;
   for (const auto& [name, tensor] : {std::pair("start", &*a.start), std::pair("stop", &*a.stop)}) {
-    check_dtype(name, *tensor, ScalarType::Int);
-    check_shape(name, *tensor, {tensor->dim() == 2 && tensor->size(0) == 1 ? 1 : B, M});
+    check_dtype(kOp, name, *tensor, ScalarType::Int);
+    check_shape(kOp, name, *tensor, {tensor->dim() == 2 && tensor->size(0) == 1 ? 1 : B, M});
   }
 }
 
 Problem make_problem(const Arguments& a) {
-  check_query_key_value(a);
+  check_query_key_value(kOp, a.query, a.key, a.value);
+  STD_TORCH_CHECK(a.groups >= 0 && (a.groups == 0 || a.query.size(3) % a.groups == 0),
+                  "cosine_sim: groups must divide D=", a.query.size(3), ", got ", a.groups);
   check_options(a);
   Problem p{};
   p.B = a.query.size(0);
@@ -167,16 +95,10 @@ Problem make_problem(const Arguments& a) {
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const Kernels& chosen =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-          ? avx512_kernels()
-      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2_kernels()
-                                                                        : baseline_kernels();
-  return chosen;
-#else
-  return baseline_kernels();
+  if (best_isa() == Isa::avx512) return avx512_kernels();
+  if (best_isa() == Isa::avx2) return avx2_kernels();
 #endif
+  return baseline_kernels();
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -243,12 +165,12 @@ Nine backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tens
   const ScalarType dtype = query.scalar_type();
   STD_TORCH_CHECK(output_mask.size() == 9, "cosine_sim: output_mask must have 9 elements, got ",
                   output_mask.size());
-  check_dtype("grad_out", grad_out, dtype);
-  check_shape("grad_out", grad_out, {p.B, p.H, p.M, p.E});
-  check_parameter("grad_lse", grad_lse, dtype, {p.B, p.H, p.M});
-  check_dtype("out", out, dtype);
-  check_shape("out", out, {p.B, p.H, p.M, p.E});
-  check_parameter("lse", lse, dtype, {p.B, p.H, p.M});
+  check_dtype(kOp, "grad_out", grad_out, dtype);
+  check_shape(kOp, "grad_out", grad_out, {p.B, p.H, p.M, p.E});
+  check_parameter(kOp, "grad_lse", grad_lse, dtype, {p.B, p.H, p.M});
+  check_dtype(kOp, "out", out, dtype);
+  check_shape(kOp, "out", out, {p.B, p.H, p.M, p.E});
+  check_parameter(kOp, "lse", lse, dtype, {p.B, p.H, p.M});
   // Saved by the forward, contiguous unless something in between changed their layout.
   const Tensor dense_out = torch::stable::contiguous(out);
   const Tensor dense_lse = torch::stable::contiguous(lse);

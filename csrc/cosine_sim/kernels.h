@@ -14,6 +14,8 @@
 #include "common/convert.h"
 #include "common/tiles.h"
 
+#include "common/rows.h"
+
 #include "cosine_sim/pack.h"
 
 #include "cosine_sim/normalize.h"

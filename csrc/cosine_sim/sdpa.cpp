@@ -4,30 +4,14 @@
 
 #include <array>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
+#include "common/checks.h"
+#include "common/isa.h"
 
 namespace attn::cosine_sim {
 namespace {
 
 using torch::stable::detail::from;
 using torch::stable::detail::to;
-using OptionalTensor = std::optional<Tensor>;
-
-// AMX-BF16 or AVX512-BF16 (gcc 12 does not know the name of the first).
-bool has_bfloat16_products() {
-#if defined(ATTN_FORCE_SDPA)
-  return true;
-#elif defined(__x86_64__)
-  unsigned int a, b, c, d;
-  if (!__builtin_cpu_supports("avx512bw")) return false;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) != 0) return true;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) != 0;
-#else
-  return false;
-#endif
-}
 
 // The same memory without autograd's knowledge of it, rows contiguous.
 Tensor plain(const Tensor& tensor) {
@@ -51,7 +35,11 @@ bool is_causal(const Problem& p) {
 }  // namespace
 
 bool prefers_sdpa(const Problem& p) {
+#if defined(ATTN_FORCE_SDPA)
+  static const bool machine_has_products = true;
+#else
   static const bool machine_has_products = has_bfloat16_products();
+#endif
   const bool plain_scores = !p.has_extras() && !p.head_scale && !p.sink && !p.query_gain &&
                             !p.key_gain && !p.visible.start;
   const bool whole = p.visible.left >= p.M && p.visible.right >= p.N;
