@@ -16,6 +16,7 @@ LONGER = {"train_gpt.py", "linear_recurrent_generation.py"}
 LAST_WORDS = {
     "dynamic_shapes.py": "another program, not causal: compiled 2 times",
     "export_aoti.py": "batch 7, length 300: largest difference",
+    "export_state.py": "as read at once, the state too",
     "fsdp2.py": "in 2 processes",
     "fullgraph.py": "gradient of the learned scale",
     "func_transforms.py": "an ensemble of 3 models in one call: (3, 5, 12, 32)",
