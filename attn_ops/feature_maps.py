@@ -6,7 +6,6 @@ functions they serve for comparison, and for features that are shared by several
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -57,8 +56,9 @@ def taylor(x: Tensor) -> Tensor:
     u = x * width**-0.25
     first, second = torch.triu_indices(width, width, device=x.device)
     pairs = u[..., first] * u[..., second]
-    squares = torch.where(first == second, math.sqrt(0.5), 1.0).to(x.dtype)
-    return torch.cat([torch.ones_like(u[..., :1]), u, pairs * squares], -1)
+    # In x's dtype: torch.where of two numbers is float32, also beside float64.
+    factor = (1 + (first == second).to(x.dtype)).rsqrt()
+    return torch.cat([torch.ones_like(u[..., :1]), u, pairs * factor], -1)
 
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {

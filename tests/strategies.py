@@ -40,6 +40,7 @@ class Case:
     sink: bool = False
     wide_parameters: bool = True  # bias and parameters in the compute dtype, not in query's
     options: dict[str, Any] = field(default_factory=dict)  # of the op itself
+    positive: bool = False  # query and key are above zero
     seed: int = 0
 
     def but(self, **changes: Any) -> "Case":
@@ -58,15 +59,19 @@ class Maker:
         self.case, self.dtype, self.device = case, dtype, device
         self.generator = torch.Generator().manual_seed(case.seed)
 
-    def normal(self, *sizes: int, strides: str = "contiguous") -> Tensor:
-        """Normal numbers that float16 and bfloat16 both hold, laid out with these strides."""
+    def normal(self, *sizes: int, strides: str = "contiguous", positive: bool = False) -> Tensor:
+        """Normal numbers that float16 and bfloat16 both hold, laid out with these strides.
+
+        positive: their absolute values, away from zero.
+        """
         if strides == "expanded":  # one row for all rows, as out.sum() gives its gradient
-            x = self.normal(*sizes[:-2], 1, sizes[-1])
+            x = self.normal(*sizes[:-2], 1, sizes[-1], positive=positive)
             return x.expand(sizes)
         if strides == "transposed" and len(sizes) > 2:
-            x = self.normal(*sizes[:-3], sizes[-2], sizes[-3], sizes[-1])
+            x = self.normal(*sizes[:-3], sizes[-2], sizes[-3], sizes[-1], positive=positive)
             return x.transpose(-2, -3)
         x = torch.randn(sizes, generator=self.generator, dtype=torch.float64)
+        x = x.abs() + 0.25 if positive else x
         x = x.to(torch.bfloat16).to(torch.float16)
         return x.to(device=self.device, dtype=self.dtype)
 
@@ -95,9 +100,10 @@ def build(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[st
     elif case.layout == "BND":
         assert case.kv_heads == 1
         key_sizes = (case.batch, case.keys)
+    layout: dict[str, Any] = {"strides": case.strides, "positive": case.positive}
     args: dict[str, Any] = {
-        "query": make.normal(*query_sizes, case.width, strides=case.strides),
-        "key": make.normal(*key_sizes, case.width, strides=case.strides),
+        "query": make.normal(*query_sizes, case.width, **layout),
+        "key": make.normal(*key_sizes, case.width, **layout),
         "value": make.normal(*key_sizes, case.value_width, strides=case.strides),
     }
     if case.mask is not None:
@@ -123,6 +129,17 @@ def build(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[st
             lengths = torch.tensor([0] + [pair[i] for pair in case.sequences])
             args[name] = lengths.cumsum(0).to(device=device, dtype=case.offsets)
     return args, make
+
+
+def resized(case: Case, queries: int, keys: int, batch: int) -> Case:
+    """The case at other sizes; packed into three sequences and a token more."""
+    if case.relative_bias is not None and case.sequences is not None:
+        keys = queries
+    case = case.but(queries=queries, keys=keys, batch=batch)
+    if case.sequences is None:
+        return case
+    sequences = ((3, 3), (2, 2), (queries - 6, keys - 6))
+    return case.but(batch=1, sequences=sequences)
 
 
 @st.composite

@@ -31,65 +31,72 @@ import attn_ops
 setattr(importlib.import_module(module), name, saved)  # torch itself needs it
 from attn_ops import _autograd
 assert {name!r}.rpartition(".")[2] in _autograd.unavailable, _autograd.unavailable
-from tests.cosine_sim.spec import SPEC
+from tests.comparison import assert_same
 from tests.conformance.evaluate import *
-arguments = SPEC.build(SPEC.cases["everything"], torch.float64, torch.device("cpu"))
+from tests.conformance.spec import all_specs
+problems = [
+    (spec, spec.build(spec.cases["everything"], torch.float64, torch.device("cpu")))
+    for spec in all_specs()
+]
 """
 
 BACKWARD = """
-assert_arguments_agree(SPEC, arguments)
+for spec, arguments in problems:
+    assert_arguments_agree(spec, arguments)
 """
 
 DOUBLE_BACKWARD = """
-results = []
-for op in (SPEC.with_lse, SPEC.formula):
-    leaves = {n: x.detach().requires_grad_() for n, x in SPEC.floating(arguments).items()}
-    out, lse = op(**(arguments | leaves))
-    total = out.sin().sum() + torch.where(lse.isinf(), 0, lse).square().sum()
-    grads = torch.autograd.grad(total, list(leaves.values()), create_graph=True)
-    results.append(torch.autograd.grad(sum(g.sin().sum() for g in grads), list(leaves.values())))
-from tests.comparison import assert_same
-for name, actual, expected in zip(leaves, *results):
-    assert_same(name, actual, expected)
+for spec, arguments in problems:
+    results = []
+    for op in (spec.run, spec.formula):
+        leaves = {n: x.detach().requires_grad_() for n, x in spec.floating(arguments).items()}
+        total = scalar(op(**(arguments | leaves)))
+        grads = torch.autograd.grad(total, list(leaves.values()), create_graph=True)
+        results.append(torch.autograd.grad(scalar(grads), list(leaves.values())))
+    for name, actual, expected in zip(leaves, *results):
+        assert_same(name, actual, expected)
 """
 
 COMPILE = """
-compiled = torch.compile(SPEC.with_lse, backend="aot_eager", fullgraph=True)
-leaves = {n: x.detach().requires_grad_() for n, x in SPEC.floating(arguments).items()}
-totals = [op(**(arguments | leaves))[0].sum() for op in (SPEC.with_lse, compiled)]
-for a, b in zip(*(torch.autograd.grad(total, list(leaves.values())) for total in totals)):
-    torch.testing.assert_close(a, b)
+for spec, arguments in problems:
+    compiled = torch.compile(spec.run, backend="aot_eager", fullgraph=True)
+    leaves = {n: x.detach().requires_grad_() for n, x in spec.floating(arguments).items()}
+    totals = [scalar(op(**(arguments | leaves))) for op in (spec.run, compiled)]
+    for a, b in zip(*(torch.autograd.grad(total, list(leaves.values())) for total in totals)):
+        torch.testing.assert_close(a, b)
 """
 
 FORWARD_MODE = """
-refused = []
-for name in SPEC.floating(arguments):
-    with dual_level():
-        dual = make_dual(arguments[name], torch.ones_like(arguments[name]))
-        try:
-            SPEC.op(**(arguments | {name: dual}))
-        except NotImplementedError as error:
-            assert "forward-mode AD is not available" in str(error), error
-            assert "lacks a private name" in str(error), error
-            refused.append(name)
-assert tuple(refused) == SPEC.differentiable, refused
-function = lambda query: SPEC.op(**(arguments | {"query": query}))
-try:
-    torch.func.jvp(function, (arguments["query"],), (arguments["query"],))
-except (NotImplementedError, RuntimeError) as error:
-    print("torch.func.jvp:", type(error).__name__)
-else:
-    raise AssertionError("torch.func.jvp returned something")
+for spec, arguments in problems:
+    refused = []
+    for name in spec.floating(arguments):
+        with dual_level():
+            dual = make_dual(arguments[name], torch.ones_like(arguments[name]))
+            try:
+                spec.run(**(arguments | {name: dual}))
+            except NotImplementedError as error:
+                assert "forward-mode AD is not available" in str(error), error
+                assert "lacks a private name" in str(error), error
+                refused.append(name)
+    assert tuple(refused) == spec.differentiable, refused
+    function = lambda query: spec.out(**(arguments | {"query": query}))
+    try:
+        torch.func.jvp(function, (arguments["query"],), (arguments["query"],))
+    except (NotImplementedError, RuntimeError) as error:
+        print("torch.func.jvp:", type(error).__name__)
+    else:
+        raise AssertionError("torch.func.jvp returned something")
 """
 
 GRAD = """
-function = lambda query: SPEC.op(**(arguments | {"query": query})).sum()
-try:
-    torch.func.grad(function)(arguments["query"])
-except (NotImplementedError, RuntimeError) as error:
-    print("torch.func.grad:", type(error).__name__)
-else:
-    raise AssertionError("torch.func.grad returned something")
+for spec, arguments in problems:
+    function = lambda query: spec.out(**(arguments | {"query": query})).sum()
+    try:
+        torch.func.grad(function)(arguments["query"])
+    except (NotImplementedError, RuntimeError) as error:
+        print("torch.func.grad:", type(error).__name__)
+    else:
+        raise AssertionError("torch.func.grad returned something")
 """
 
 

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import attn_ops
 from attn_ops import _library, info
+from tests.conformance.spec import all_specs
 
 
 def test_report_names_versions_libraries_and_devices() -> None:
@@ -20,18 +22,31 @@ def test_report_names_versions_libraries_and_devices() -> None:
 
 def test_every_room_has_a_line_per_device() -> None:
     rooms = {(one.room, one.device) for one in info.servings()}
-    assert {("cosine_sim", "cpu"), ("cosine_sim", "cuda")} <= rooms
+    assert rooms == {(spec.room, device) for spec in all_specs() for device in ("cpu", "cuda")}
 
 
-def test_cpu_line_agrees_with_what_was_loaded() -> None:
-    one = info.serving_cpu("cosine_sim")
-    assert one.kernel == ("C++" if _library.loaded_libraries else "reference")
+def has_kernels(room: str) -> bool:
+    """Whether the library that is loaded computes this room's forward."""
+    overload = f"attn::_{room}_fwd"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CPU")
+
+
+@pytest.mark.parametrize("room", info.ROOMS)
+def test_cpu_line_agrees_with_what_was_loaded(room: str) -> None:
+    one = info.serving_cpu(room)
+    assert one.kernel == ("C++" if has_kernels(room) else "reference")
     assert bool(one.missing) == (one.kernel == "reference")
+    assert bool(_library.loaded_libraries) or not has_kernels(room)
 
 
-def test_missing_triton_is_named(monkeypatch) -> None:
+def test_a_library_that_is_loaded_serves_the_first_room() -> None:
+    assert has_kernels("cosine_sim") == bool(_library.loaded_libraries)
+
+
+@pytest.mark.parametrize("room", info.ROOMS)
+def test_missing_triton_is_named(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "find_spec", lambda name: None)
-    assert info.serving_cuda("cosine_sim").kernel == "reference"
+    assert info.serving_cuda(room).kernel == "reference"
     assert "not installed" in info.report()
 
 
@@ -48,7 +63,7 @@ def run(program: str, **environment: str) -> str:
 
 def test_runs_as_a_program() -> None:
     text = run("-m attn_ops.info")
-    assert "cosine_sim" in text
+    assert all(room in text for room in info.ROOMS)
 
 
 def test_without_the_native_library_the_reason_is_given() -> None:

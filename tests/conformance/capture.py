@@ -1,8 +1,14 @@
-"""Sees which private ops a call reaches, and with which arguments."""
+"""Sees which private ops a call reaches, with which arguments and results."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Call(NamedTuple):
+    op: Any
+    args: tuple[Any, ...]
+    results: Any
 
 
 class Calls(TorchDispatchMode):
@@ -10,16 +16,17 @@ class Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+        self.calls: list[Call] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        results = func(*args, **(kwargs or {}))
         if func.namespace == "attn":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
+            self.calls.append(Call(func, args, results))
+        return results
 
     def of(self, overload: Any) -> tuple[Any, ...]:
         """The arguments of the only call of this op."""
-        (found,) = [args for func, args in self.calls if func is overload]
+        (found,) = [call.args for call in self.calls if call.op is overload]
         return found

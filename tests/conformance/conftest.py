@@ -1,17 +1,28 @@
-"""Every test of this folder that takes `spec` is asked of every op; `case`: of its named cases."""
+"""Every test of this folder that takes `spec` is asked of every op.
+
+`named` is one of its named cases, or of those in `@only(...)`.
+"""
 
 import sys
 
 import pytest
 import torch
 
-from tests.conformance.spec import all_specs
+from tests.conformance.spec import OpSpec, all_specs
+
+
+def asked(metafunc: pytest.Metafunc, specs: list[OpSpec]) -> list[tuple[OpSpec, str]]:
+    """Specs with the names of the cases that a test asks."""
+    known = {name for spec in specs for name in spec.cases}
+    names = getattr(metafunc.function, "only", known)
+    assert known.issuperset(names), f"no op has the cases {set(names) - known}"
+    return [(spec, name) for spec in specs for name in spec.cases if name in names]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     specs = all_specs()
     if "named" in metafunc.fixturenames:
-        pairs = [(spec, name) for spec in specs for name in spec.cases]
+        pairs = asked(metafunc, specs)
         ids = [f"{spec.name}-{name.replace(' ', '-')}" for spec, name in pairs]
         metafunc.parametrize(("spec", "named"), pairs, ids=ids)
     elif "spec" in metafunc.fixturenames:

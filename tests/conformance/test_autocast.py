@@ -8,8 +8,14 @@ from torch import Tensor
 
 from tests.comparison import assert_close, assert_same
 from tests.conformance.capture import Calls
-from tests.conformance.evaluate import cotangents, in_dtype, with_gradients
-from tests.conformance.spec import OpSpec
+from tests.conformance.evaluate import (
+    assert_dtypes,
+    cotangents,
+    in_dtype,
+    scalar,
+    with_gradients,
+)
+from tests.conformance.spec import OpSpec, as_tuple
 
 TENSORS = ("query", "key", "value")
 
@@ -21,7 +27,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 def seen_dtypes(spec: OpSpec, arguments: dict[str, Any]) -> list[torch.dtype]:
     with Calls() as calls:
-        spec.with_lse(**arguments)
+        spec.run(**arguments)
     return [x.dtype for x in calls.of(spec.forward)[: len(TENSORS)]]
 
 
@@ -31,10 +37,10 @@ def test_op_runs_in_the_autocast_dtype(
     arguments = spec.build(spec.cases["everything"], torch.float32, device)
     with torch.autocast(device.type, dtype):
         assert seen_dtypes(spec, arguments) == [dtype] * 3
-        assert spec.op(**arguments).dtype == dtype
-        assert spec.function(**arguments).dtype == dtype
-        out, lse = spec.with_lse(**arguments)
-    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+        assert spec.out(**arguments).dtype == dtype
+        assert as_tuple(spec.function(**arguments))[0].dtype == dtype
+        results = dict(zip(spec.results, spec.run(**arguments)))
+    assert_dtypes(spec, results, dtype)
     assert seen_dtypes(spec, arguments) == [torch.float32] * 3
 
 
@@ -42,19 +48,19 @@ def test_mixed_inputs_are_taken(spec: OpSpec, dtype: torch.dtype, device: torch.
     arguments = spec.build(spec.cases["everything"], torch.float32, device)
     mixed = arguments | {"key": arguments["key"].to(dtype), "value": arguments["value"].half()}
     with torch.autocast(device.type, dtype):
-        out = spec.op(**mixed)
-        assert_same("out", out, spec.op(**arguments))
+        for name, a, e in zip(spec.results, spec.run(**mixed), spec.run(**arguments)):
+            assert_same(name, a, e)
     with pytest.raises(TypeError, match="like query"):
-        spec.op(**mixed)
+        spec.run(**mixed)
 
 
 def test_float64_is_left_alone(spec: OpSpec, dtype: torch.dtype, device: torch.device) -> None:
     arguments = spec.build(spec.cases["everything"], torch.float64, device)
-    outside = spec.with_lse(**arguments)
+    outside = spec.run(**arguments)
     with torch.autocast(device.type, dtype):
         assert seen_dtypes(spec, arguments) == [torch.float64] * 3
-        inside = spec.with_lse(**arguments)
-    for name, a, e in zip(("out", "lse"), inside, outside):
+        inside = spec.run(**arguments)
+    for name, a, e in zip(spec.results, inside, outside):
         assert_same(name, a, e)
 
 
@@ -69,14 +75,14 @@ def test_gradients_arrive_in_the_dtypes_of_the_inputs(
     narrow = arguments | {name: arguments[name].to(dtype) for name in TENSORS}
     same_dtype = with_gradients(spec, spec.formula, narrow, *grads)
 
-    def op(**arguments: Tensor) -> tuple[Tensor, Tensor]:
+    def op(**arguments: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(device.type, dtype):
-            return spec.with_lse(**arguments)
+            return spec.run(**arguments)
 
     actual = with_gradients(spec, op, arguments, *grads)
     rounding = spec.rounding(dtype, exact_arguments, *grads)
     for name, truth in exact.items():
-        assert name in ("out", "lse") or actual[name].dtype == torch.float32
+        assert name in spec.results or actual[name].dtype == torch.float32
         assert_close(name, actual[name], same_dtype[name], truth, rounding)
 
 
@@ -87,18 +93,18 @@ def test_backward_inside_of_autocast_is_the_same(
     leaves = [x.requires_grad_() for x in spec.floating(arguments).values()]
     results = []
     for enabled in (False, True):
-        out, lse = spec.with_lse(**arguments)
+        total = scalar(spec.run(**arguments))
         with torch.autocast(device.type, dtype, enabled=enabled):
-            results.append(torch.autograd.grad(out.square().sum() + lse.sum(), leaves))
+            results.append(torch.autograd.grad(total, leaves))
     for name, expected, actual in zip(spec.floating(arguments), *results):
         assert_same(name, actual, expected)
 
 
 def test_compiled_under_autocast(spec: OpSpec, dtype: torch.dtype, device: torch.device) -> None:
     arguments = spec.build(spec.cases["everything"], torch.float32, device)
-    compiled = torch.compile(spec.with_lse, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(spec.run, backend="aot_eager", fullgraph=True)
     with torch.autocast(device.type, dtype):
-        for name, a, e in zip(("out", "lse"), compiled(**arguments), spec.with_lse(**arguments)):
+        for name, a, e in zip(spec.results, compiled(**arguments), spec.run(**arguments)):
             assert_same(name, a, e)
 
 
@@ -108,15 +114,15 @@ def test_second_derivatives_under_autocast(spec: OpSpec, device: torch.device) -
     names = tuple(spec.floating(arguments))
 
     def hessian_vector_product(op: Any) -> Any:
-        def scalar(*values: Tensor) -> Tensor:
-            return op(**(arguments | dict(zip(names, values))))[0].sin().sum()
+        def total(*values: Tensor) -> Tensor:
+            return scalar(op(**(arguments | dict(zip(names, values)))))
 
         inputs = tuple(arguments[name] for name in names)
-        gradient = torch.func.grad(scalar, tuple(range(len(names))))
+        gradient = torch.func.grad(total, tuple(range(len(names))))
         return torch.func.jvp(gradient, inputs, tuple(x.cos() for x in inputs))[1]
 
     expected = hessian_vector_product(spec.formula)
     with torch.autocast(device.type, torch.bfloat16):
-        actual = hessian_vector_product(spec.with_lse)
+        actual = hessian_vector_product(spec.run)
     for name, a, e in zip(names, actual, expected):
         assert_same(name, a, e)

@@ -9,21 +9,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.comparison import assert_same
-from tests.conformance.evaluate import cotangents, with_gradients
-from tests.conformance.spec import OpSpec
+from tests.conformance.evaluate import cotangents, scalar, with_gradients
+from tests.conformance.spec import OpSpec, as_tuple, only
 from tests.strategies import Case
 
 # Sizes that are all different, and no width or number of heads: equal ones are taken for one size.
 LENGTHS = ((21, 27), (23, 29), (51, 51), (47, 35))
-
-
-def of_length(case: Case, queries: int, keys: int, batch: int) -> Case:
-    """The case at another length; packed sequences cover what they can."""
-    if case.sequences is not None:
-        spare = (queries - 5, (queries if case.relative_bias else keys) - 5)
-        sizes = {"queries": queries, "keys": queries if case.relative_bias else keys}
-        return case.but(sequences=((3, 3), (2, 2), spare), **sizes)
-    return case.but(queries=queries, keys=keys, batch=batch)
 
 
 def compile_counted(function: Callable[..., Any], counter: Any) -> Callable[..., Any]:
@@ -45,8 +36,8 @@ def assert_compiled_equals_eager(
     spec: OpSpec, compiled: Callable[..., Any], case: Case, device: torch.device
 ) -> None:
     arguments = spec.build(case, torch.float32, device)
-    grads = cotangents(*spec.with_lse(**arguments))
-    expected = with_gradients(spec, spec.with_lse, arguments, *grads)
+    grads = cotangents(*spec.run(**arguments))
+    expected = with_gradients(spec, spec.run, arguments, *grads)
     actual = with_gradients(spec, compiled, arguments, *grads)
     for name, result in actual.items():
         assert_same(name, result, expected[name])
@@ -56,22 +47,22 @@ def test_one_compilation_serves_all_lengths(
     spec: OpSpec, named: str, device: torch.device, literal_floats: None
 ) -> None:
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = compile_counted(spec.with_lse, counter)
+    compiled = compile_counted(spec.run, counter)
     for i, (queries, keys) in enumerate(LENGTHS):
-        case = of_length(spec.cases[named], queries, keys, batch=(5, 3, 4, 5)[i])
+        case = spec.resized(spec.cases[named], queries, keys, (5, 3, 4, 5)[i])
         assert_compiled_equals_eager(spec, compiled, case, device)
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("case", ("plain", "everything"))
+@only("plain", "everything")
 def test_inductor_compiles_forward_and_backward_once(
-    spec: OpSpec, case: str, device: torch.device, literal_floats: None
+    spec: OpSpec, named: str, device: torch.device, literal_floats: None
 ) -> None:
     counter = CompileCounterWithBackend("inductor")
-    compiled = compile_counted(spec.with_lse, counter)
+    compiled = compile_counted(spec.run, counter)
     for i, (queries, keys) in enumerate(LENGTHS[:2]):
-        case_of_length = of_length(spec.cases[case], queries, keys, batch=5 - i)
-        assert_compiled_equals_eager(spec, compiled, case_of_length, device)
+        case = spec.resized(spec.cases[named], queries, keys, 5 - i)
+        assert_compiled_equals_eager(spec, compiled, case, device)
     assert counter.frame_count == 1
 
 
@@ -81,9 +72,11 @@ def test_python_function_compiles_once(
     counter = CompileCounterWithBackend("aot_eager")
     compiled = compile_counted(spec.function, counter)
     for queries, keys in LENGTHS:
-        case = spec.cases["everything"].but(batch=5, queries=queries, keys=keys)
+        case = spec.resized(spec.cases["everything"], queries, keys, 5)
         arguments = spec.build(case, torch.float32, device)
-        assert_same("out", compiled(**arguments), spec.function(**arguments))
+        results = (as_tuple(call(**arguments)) for call in (compiled, spec.function))
+        for name, actual, expected in zip(spec.results, *results):
+            assert_same(name, actual, expected)
     assert counter.frame_count == 1
 
 
@@ -91,10 +84,10 @@ def test_float_from_outside_does_not_compile_again_over_lengths(
     spec: OpSpec, device: torch.device
 ) -> None:
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = compile_counted(spec.with_lse, counter)
+    compiled = compile_counted(spec.run, counter)
     counts = []
     for queries, keys in LENGTHS:
-        case = spec.cases["everything"].but(batch=5, queries=queries, keys=keys)
+        case = spec.resized(spec.cases["everything"], queries, keys, 5)
         assert_compiled_equals_eager(spec, compiled, case, device)
         counts.append(counter.frame_count)
     assert len(set(counts)) == 1
@@ -118,8 +111,7 @@ def test_gradient_inside_of_a_compiled_function(spec: OpSpec, device: torch.devi
     names = tuple(spec.floating(arguments))
 
     def total(*tensors: Tensor) -> Tensor:
-        out, lse = spec.with_lse(**(arguments | dict(zip(names, tensors))))
-        return (out * out).sum() + lse.clamp_min(-1e3).sum()
+        return scalar(spec.run(**(arguments | dict(zip(names, tensors)))))
 
     gradient = torch.func.grad(total, argnums=tuple(range(len(names))))
     tensors = tuple(arguments[name] for name in names)

@@ -10,7 +10,7 @@ import torch
 
 from tests.comparison import assert_same
 from tests.conformance.evaluate import DTYPES, cotangents, with_gradients
-from tests.conformance.spec import OpSpec
+from tests.conformance.spec import OpSpec, only
 
 
 @pytest.fixture
@@ -32,54 +32,52 @@ def test_every_output_is_written(
     uninitialized_memory_is_nan: None,
 ) -> None:
     arguments = spec.build(spec.cases[named], dtype, device)
-    results = with_gradients(
-        spec, spec.with_lse, arguments, *cotangents(*spec.formula(**arguments))
-    )
+    grads = cotangents(*spec.formula(**arguments))
+    results = with_gradients(spec, spec.run, arguments, *grads)
     for name, result in results.items():
         assert not result.isnan().any(), f"{name} has unwritten elements"
 
 
-@pytest.mark.parametrize("case", ("longer than a block", "everything", "grouped heads"))
+@only("longer than a block", "everything", "grouped heads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_repeat_bit_by_bit(
-    spec: OpSpec, case: str, dtype: torch.dtype, device: torch.device
+    spec: OpSpec, named: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    arguments = spec.build(spec.cases[case], dtype, device)
+    arguments = spec.build(spec.cases[named], dtype, device)
     grads = cotangents(*spec.formula(**arguments))
-    first = with_gradients(spec, spec.with_lse, arguments, *grads)
+    first = with_gradients(spec, spec.run, arguments, *grads)
     for _ in range(3):
-        again = with_gradients(spec, spec.with_lse, arguments, *grads)
+        again = with_gradients(spec, spec.run, arguments, *grads)
         assert all(torch.equal(again[name], result) for name, result in first.items())
 
 
 @pytest.mark.parametrize("threads", (1, 2, 3, 7))
+@only("longer than a block", "everything", "packed, causal, window", "packed and causal")
 def test_number_of_threads_does_not_matter(
-    spec: OpSpec, threads: int, device: torch.device
+    spec: OpSpec, named: str, threads: int, device: torch.device
 ) -> None:
     default = torch.get_num_threads()
-    for case in ("longer than a block", "everything", "packed, causal, window"):
-        arguments = spec.build(spec.cases[case], torch.float32, device)
-        grads = cotangents(*spec.formula(**arguments))
-        expected = with_gradients(spec, spec.with_lse, arguments, *grads)
-        try:
-            torch.set_num_threads(threads)
-            actual = with_gradients(spec, spec.with_lse, arguments, *grads)
-        finally:
-            torch.set_num_threads(default)
-        for name, result in actual.items():
-            assert_same(name, result, expected[name])
+    arguments = spec.build(spec.cases[named], torch.float32, device)
+    grads = cotangents(*spec.formula(**arguments))
+    expected = with_gradients(spec, spec.run, arguments, *grads)
+    try:
+        torch.set_num_threads(threads)
+        actual = with_gradients(spec, spec.run, arguments, *grads)
+    finally:
+        torch.set_num_threads(default)
+    for name, result in actual.items():
+        assert_same(name, result, expected[name])
 
 
-@pytest.mark.parametrize("case", ("plain", "everything"))
+@only("plain", "everything")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_outputs_are_contiguous_and_share_no_memory(
-    spec: OpSpec, case: str, dtype: torch.dtype, device: torch.device
+    spec: OpSpec, named: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    arguments = spec.build(spec.cases[case].but(strides="transposed"), dtype, device)
-    results = with_gradients(
-        spec, spec.with_lse, arguments, *cotangents(*spec.formula(**arguments))
-    )
-    assert results["out"].is_contiguous() and results["lse"].is_contiguous()
+    arguments = spec.build(spec.cases[named].but(strides="transposed"), dtype, device)
+    grads = cotangents(*spec.formula(**arguments))
+    results = with_gradients(spec, spec.run, arguments, *grads)
+    assert all(results[name].is_contiguous() for name in spec.results)
     inputs = {x.untyped_storage().data_ptr() for x in spec.floating(arguments).values()}
     outputs = [x.untyped_storage().data_ptr() for x in results.values() if x.numel()]
     assert len(set(outputs)) == len(outputs)
@@ -89,17 +87,15 @@ def test_outputs_are_contiguous_and_share_no_memory(
 # In a process of its own: the peak of memory never goes down again.
 MEASURE = """
 import resource, sys, torch
+from tests.conformance.evaluate import scalar
 from tests.conformance.spec import all_specs
-from tests.strategies import Case
 spec = next(s for s in all_specs() if s.name == sys.argv[1])
 length = int(sys.argv[2])
 def run(length):
-    case = Case(batch=1, heads=1, kv_heads=1, queries=length, keys=length, width=8, value_width=8)
-    case = case.but(relative_bias="H", causal=True, sink=True)
+    case = spec.resized(spec.long, length, length, 1)
     arguments = spec.build(case, torch.float32, torch.device("cpu"))
     leaves = [x.requires_grad_() for x in spec.floating(arguments).values()]
-    out, lse = spec.with_lse(**arguments)
-    torch.autograd.grad((out.sum() + lse.sum()), leaves)
+    torch.autograd.grad(scalar(spec.run(**arguments)), leaves)
 run(64)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(length)
@@ -110,12 +106,12 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
 def test_memory_does_not_grow_with_the_number_of_scores(spec: OpSpec, device: torch.device) -> None:
     if device.type == "cuda":
         length = 32768
-        case = spec.cases["plain"].but(batch=1, heads=1, kv_heads=1, queries=length, keys=length)
+        case = spec.resized(spec.long, length, length, 1)
         arguments = spec.build(case, torch.bfloat16, device)
         leaves = [x.requires_grad_() for x in spec.floating(arguments).values()]
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.max_memory_allocated()
-        torch.autograd.grad(spec.op(**arguments).sum(), leaves)
+        torch.autograd.grad(spec.out(**arguments).sum(), leaves)
         grown = torch.cuda.max_memory_allocated() - before
     else:
         length = 12288  # scores of 576 MiB

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests import strategies
 from tests.conformance.evaluate import DTYPES, assert_agrees
 from tests.conformance.spec import OpSpec, given_case
 from tests.strategies import Case
@@ -20,7 +19,7 @@ def test_named_case_agrees_with_the_formula(
 def test_drawn_case_agrees_with_the_formula(
     spec: OpSpec, dtype: torch.dtype, device: torch.device
 ) -> None:
-    @given_case(lambda spec: strategies.cases(spec.options), max_examples=60)
+    @given_case(lambda spec: spec.drawn(), max_examples=60)
     def check(spec: OpSpec, device: torch.device, case: Case) -> None:
         assert_agrees(spec, case, dtype, device)
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.testing._internal.optests import OpCheckError
 
 from tests.conformance.capture import Calls
-from tests.conformance.spec import OpSpec
+from tests.conformance.spec import OpSpec, only
 from tests.strategies import STRIDES
 
-CASES = ("everything", "plain")
 FULLY_TRACED = ("everything", "transposed")
 ALL_TESTS = (
     "test_schema",
@@ -39,13 +38,14 @@ def detached(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def private_arguments(
     spec: OpSpec, case: str, strides: str, device: torch.device
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What the private forward and backward of this case receive."""
+) -> dict[Any, tuple[Any, ...]]:
+    """What the private forward and every private backward of this case receive."""
     with Calls() as seen:
-        out, lse = spec.with_lse(**with_leaves(spec, case, strides, device))
-        grad = torch.ones((), device=device)
-        torch.autograd.backward((out, lse), (grad.expand_as(out), grad.expand_as(lse)))
-    return detached(seen.of(spec.forward)), detached(seen.of(spec.backward))
+        results = spec.run(**with_leaves(spec, case, strides, device))
+        results = tuple(x for x in results if x.requires_grad)
+        ones = (torch.ones((), dtype=x.dtype, device=device).expand_as(x) for x in results)
+        torch.autograd.backward(results, tuple(ones))
+    return {call.op: detached(call.args) for call in seen.calls}
 
 
 def requiring_grad(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -59,41 +59,36 @@ def strides(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-def test_public_op_passes(spec: OpSpec, case: str, strides: str, device: torch.device) -> None:
-    torch.library.opcheck(spec.op.default, (), with_leaves(spec, case, strides, device))
-
-
-def test_public_op_with_lse_passes(
-    spec: OpSpec, case: str, strides: str, device: torch.device
-) -> None:
-    torch.library.opcheck(spec.with_lse.default, (), with_leaves(spec, case, strides, device))
+@only("everything", "plain")
+def test_public_ops_pass(spec: OpSpec, named: str, strides: str, device: torch.device) -> None:
+    for op in spec.ops:
+        torch.library.opcheck(op.default, (), with_leaves(spec, named, strides, device))
 
 
 @pytest.mark.parametrize("gradients", (False, True), ids=("no grad", "grad"))
+@only("everything", "plain")
 def test_private_forward_passes(
-    spec: OpSpec, case: str, strides: str, gradients: bool, device: torch.device
+    spec: OpSpec, named: str, strides: str, gradients: bool, device: torch.device
 ) -> None:
-    args, _ = private_arguments(spec, case, strides, device)
+    args = private_arguments(spec, named, strides, device)[spec.forward]
     torch.library.opcheck(spec.forward, requiring_grad(args) if gradients else args)
 
 
 @pytest.mark.parametrize("gradients", (False, True), ids=("no grad", "grad"))
-def test_private_backward_passes(
-    spec: OpSpec, case: str, strides: str, gradients: bool, device: torch.device
+@only("everything", "plain")
+def test_private_backwards_pass(
+    spec: OpSpec, named: str, strides: str, gradients: bool, device: torch.device
 ) -> None:
-    _, args = private_arguments(spec, case, strides, device)
-    if not gradients:
-        torch.library.opcheck(spec.backward, args)
-        return
+    seen = private_arguments(spec, named, strides, device)
+    found = [op for op in spec.backwards if op in seen]
+    assert spec.backward in found
+    assert named != "everything" or found == [*spec.backwards]
     # Tracing the second derivative takes 20 s: once, where most can go wrong.
-    slow = "test_aot_dispatch_dynamic"
-    tests = [test for test in ALL_TESTS if test != slow or (case, strides) == FULLY_TRACED]
-    torch.library.opcheck(spec.backward, requiring_grad(args), test_utils=tests)
+    slow = {"test_aot_dispatch_dynamic"} if gradients and (named, strides) != FULLY_TRACED else {}
+    tests = [test for test in ALL_TESTS if test not in slow]
+    for op in found:
+        args = requiring_grad(seen[op]) if gradients else seen[op]
+        torch.library.opcheck(op, args, test_utils=tests)
 
 
 def test_opcheck_finds_an_output_that_is_a_view_of_an_input() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from tests.comparison import assert_same
+from tests.conformance.evaluate import scalar
 from tests.conformance.spec import OpSpec
 
 COPIES = 3
@@ -22,9 +23,9 @@ def tensors_and_rest(
 
 
 def copies_of(x: Tensor, dim: int) -> Tensor:
-    """Different copies of an argument, stacked at `dim`."""
+    """Different copies of an argument, stacked at `dim`; those of a number in (0, 1] are in it."""
     if x.is_floating_point():
-        return torch.stack([x * (1 + i / 4) + i / 8 for i in range(COPIES)], dim)
+        return torch.stack([x * (1 - i / 4) + i / 8 for i in range(COPIES)], dim)
     if x.dtype == torch.bool:
         return torch.stack([x.roll(i, -1) for i in range(COPIES)], dim)
     return torch.stack([x] * COPIES, dim)
@@ -37,8 +38,8 @@ def assert_maps(spec: OpSpec, case: str, device: torch.device, dims: dict[str, i
     inputs = tuple(copies_of(x, dims[n]) if n in dims else x for n, x in tensors.items())
     in_dims = tuple(dims.get(name) for name in names)
 
-    def function(*values: Tensor) -> tuple[Tensor, Tensor]:
-        return spec.with_lse(**dict(zip(names, values)), **rest)
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        return spec.run(**dict(zip(names, values)), **rest)
 
     actual = vmap(function, in_dims=in_dims)(*inputs)
     singles = [
@@ -51,7 +52,7 @@ def assert_maps(spec: OpSpec, case: str, device: torch.device, dims: dict[str, i
         )
         for i in range(COPIES)
     ]
-    for name, a, e in zip(("out", "lse"), actual, zip(*singles)):
+    for name, a, e in zip(spec.results, actual, zip(*singles)):
         assert_same(name, a, torch.stack(e))
 
 
@@ -81,7 +82,7 @@ def test_nested(spec: OpSpec, device: torch.device) -> None:
     tensors, rest = tensors_and_rest(spec, "everything", device)
 
     def function(query: Tensor, key: Tensor) -> Tensor:
-        return spec.op(**(tensors | {"query": query, "key": key}), **rest)
+        return spec.out(**(tensors | {"query": query, "key": key}), **rest)
 
     queries, keys = copies_of(tensors["query"], 0), copies_of(tensors["key"], 0)
     actual = vmap(vmap(function, in_dims=(None, 0)), in_dims=(0, None))(queries, keys)
@@ -102,17 +103,16 @@ def gradients_by_copy(
     in_dims = tuple(0 if n in mapped else None for n in names)
 
     def gradients(op: Any, *values: Tensor) -> Any:
-        def scalar(*values: Tensor) -> Tensor:
-            out, lse = op(**dict(zip(names, values)), **fixed)
-            return out.sin().sum() + torch.where(lse.isinf(), 0, lse).square().sum()
+        def total(*values: Tensor) -> Tensor:
+            return scalar(op(**dict(zip(names, values)), **fixed))
 
-        gradient = grad(scalar, tuple(range(len(names))))
+        gradient = grad(total, tuple(range(len(names))))
         if transform == "grad":
             return gradient(*values)
         tangents = tuple(torch.where(x.isinf(), 0, x.cos()) for x in values)
         return jvp(gradient, values, tangents)[1]
 
-    actual = vmap(lambda *xs: gradients(spec.with_lse, *xs), in_dims=in_dims)(*inputs)
+    actual = vmap(lambda *xs: gradients(spec.run, *xs), in_dims=in_dims)(*inputs)
     singles = [
         gradients(spec.formula, *(x if d is None else x[i] for x, d in zip(inputs, in_dims)))
         for i in range(COPIES)
@@ -143,12 +143,11 @@ def test_gradient_of_a_mapped_call(spec: OpSpec, named: str, device: torch.devic
     shared = tuple(tensors[name] for name in names if name != "query")
 
     def one(op: Any, query: Tensor, *values: Tensor) -> Tensor:
-        out, lse = op(**dict(zip(names, (query, *values))), **fixed)
-        return out.sin().sum() + torch.where(lse.isinf(), 0, lse).square().sum()
+        return scalar(op(**dict(zip(names, (query, *values))), **fixed))
 
     def mapped(queries: Tensor, *values: Tensor) -> Tensor:
         in_dims = (0, *(None for _ in values))
-        return vmap(lambda *xs: one(spec.with_lse, *xs), in_dims=in_dims)(queries, *values).sum()
+        return vmap(lambda *xs: one(spec.run, *xs), in_dims=in_dims)(queries, *values).sum()
 
     def looped(queries: Tensor, *values: Tensor) -> Tensor:
         return sum((one(spec.formula, query, *values) for query in queries), queries.new_zeros(()))

@@ -1,5 +1,6 @@
 """The cosine-sim op, as the conformance suite sees it."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,12 +94,15 @@ CASES = {
 
 SPEC = OpSpec(
     name="cosine_sim",
+    room="cosine_sim",
+    results=("out", "lse"),
+    ops=(torch.ops.attn.cosine_sim_with_lse, torch.ops.attn.cosine_sim),
     function=attn_ops.cosine_sim_attention,
-    with_lse=torch.ops.attn.cosine_sim_with_lse,
     formula=formula,
     magnitudes=magnitudes,
     build=build,
-    options=options(),
+    drawn=partial(strategies.cases, options()),
+    resized=strategies.resized,
     differentiable=(
         "query",
         "key",
@@ -111,9 +115,19 @@ SPEC = OpSpec(
         "sink",
     ),
     cases=CASES,
+    long=Case(
+        heads=1,
+        kv_heads=1,
+        width=8,
+        value_width=8,
+        relative_bias="H",
+        causal=True,
+        sink=True,
+    ),
     examples=(
         # The diagonals of no scores: there are none of them, not -1.
         Case(batch=1, queries=0, keys=0, relative_bias="H", sequences=((0, 0),), causal=True),
         Case(queries=0, keys=0, relative_bias="1"),
     ),
 )
+SPECS = (SPEC,)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests import strategies
 from tests.conformance.evaluate import assert_arguments_agree
 from tests.cosine_sim.spec import SPEC, build
 from tests.errors import ERRORS
@@ -54,7 +53,7 @@ def spoilt(draw: st.DrawFn, tensor: Tensor) -> Tensor:
 @st.composite
 def spoilt_arguments(draw: st.DrawFn) -> dict[str, Any]:
     """Legal arguments of which some were spoilt, and some options drawn without regard to them."""
-    case = draw(strategies.cases(SPEC.options, largest=6))
+    case = draw(SPEC.drawn(largest=6))
     arguments = build(case, torch.float32, torch.device("cpu"))
     tensors = [name for name, x in arguments.items() if isinstance(x, Tensor)]
     for name in draw(st.lists(st.sampled_from(tensors), min_size=1, max_size=2, unique=True)):
@@ -79,7 +78,7 @@ def spoilt_arguments(draw: st.DrawFn) -> dict[str, Any]:
 @given(spoilt_arguments())
 def test_an_error_that_names_itself_or_a_right_result(arguments: dict[str, Any]) -> None:
     try:
-        out, lse = SPEC.with_lse(**arguments)
+        out, lse = SPEC.run(**arguments)
     except ERRORS as error:
         assert str(error).startswith("cosine_sim_with_lse: "), error
         assert " must " in str(error) and "got " in str(error), error
@@ -99,7 +98,7 @@ def test_errors_are_drawn_as_well_as_results() -> None:
     @given(spoilt_arguments())
     def collect(arguments: dict[str, Any]) -> None:
         try:
-            SPEC.with_lse(**arguments)
+            SPEC.run(**arguments)
             outcomes.append("result")
         except ERRORS as error:
             outcomes.append(str(error).split(": ")[1].split(" must")[0])
@@ -110,4 +109,4 @@ def test_errors_are_drawn_as_well_as_results() -> None:
 
 
 def test_a_legal_case_is_no_error() -> None:
-    assert SPEC.op(**build(Case(), torch.float32, torch.device("cpu"))).shape == (2, 2, 5, 6)
+    assert SPEC.out(**build(Case(), torch.float32, torch.device("cpu"))).shape == (2, 2, 5, 6)

@@ -22,7 +22,7 @@ def private_arguments(name: str, device: torch.device) -> tuple[tuple[Any, ...],
     arguments = build(CASES[name], torch.float64, device)
     leaves = {n: x.detach().requires_grad_() for n, x in SPEC.floating(arguments).items()}
     with Calls() as calls:
-        out, lse = SPEC.with_lse(**(arguments | leaves))
+        out, lse = SPEC.run(**(arguments | leaves))
         torch.autograd.grad((out, lse), list(leaves.values()), cotangents(out, lse))
     return calls.of(SPEC.forward), calls.of(SPEC.backward)
 

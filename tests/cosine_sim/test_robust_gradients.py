@@ -23,7 +23,7 @@ def test_expanded_gradient_of_a_sum(dtype: torch.dtype, device: torch.device) ->
     case = BASE.but(bias="1HMN")
     arguments = build(case, dtype, device)
     leaves = [x.requires_grad_() for x in SPEC.floating(arguments).values()]
-    out, lse = SPEC.with_lse(**arguments)
+    out, lse = SPEC.run(**arguments)
     expanded = torch.autograd.grad(out.sum() + lse.sum(), leaves, retain_graph=True)
     ones = (torch.ones_like(out), torch.ones_like(lse))
     for name, a, e in zip(
@@ -41,7 +41,7 @@ def test_gradient_with_transposed_strides(
     """The gradient of `out.transpose(1, 2).reshape(B, M, H*E)`, which models take."""
     arguments = build(BASE.but(strides=transposed), dtype, device)
     leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
-    out = SPEC.op(**arguments)
+    out = SPEC.out(**arguments)
     grad = torch.randn(out.transpose(1, 2).shape, device=device).to(dtype)
     actual = torch.autograd.grad(out.transpose(1, 2), leaves, grad, retain_graph=True)
     expected = torch.autograd.grad(out, leaves, grad.transpose(1, 2).contiguous())
@@ -57,9 +57,9 @@ def test_last_dimension_that_is_not_contiguous(
     arguments = build(BASE, dtype, device)
     arguments[last] = arguments[last].mT.contiguous().mT
     assert arguments[last].stride(-1) != 1
-    results = SPEC.with_lse(**arguments)
+    results = SPEC.run(**arguments)
     for name, a, e in zip(
-        ("out", "lse"), results, SPEC.with_lse(**(arguments | {last: arguments[last].contiguous()}))
+        ("out", "lse"), results, SPEC.run(**(arguments | {last: arguments[last].contiguous()}))
     ):
         assert_same(name, a, e)
 
@@ -97,7 +97,7 @@ def test_bias_that_is_an_expanded_view(dtype: torch.dtype, device: torch.device)
 def test_bias_that_requires_no_grad_costs_none(device: torch.device) -> None:
     arguments = build(BASE.but(bias="BHMN"), torch.float32, device)
     query = arguments["query"].requires_grad_()
-    out = SPEC.op(**arguments)
+    out = SPEC.out(**arguments)
     with Calls() as calls:
         out.sum().backward()
     raw = SPEC.backward(*calls.of(SPEC.backward))
@@ -120,7 +120,7 @@ def test_single_key_head_sums_over_all_query_heads(
 def test_grouped_heads_equal_repeated_ones(dtype: torch.dtype, device: torch.device) -> None:
     arguments = build(BASE.but(heads=6, kv_heads=2), dtype, device)
     repeated = {n: arguments[n].repeat_interleave(3, 1) for n in ("key", "value")}
-    assert_same("out", SPEC.op(**(arguments | repeated)), SPEC.op(**arguments))
+    assert_same("out", SPEC.out(**(arguments | repeated)), SPEC.out(**arguments))
 
 
 EMPTY = {
@@ -163,7 +163,7 @@ def test_packed_sequences_equal_separate_calls(dtype: torch.dtype, device: torch
     pairs = ((7, 9), (12, 6), (1, 5))
     case = Case(batch=1, queries=20, keys=20, sequences=pairs, causal=True, window=4)
     arguments = build(case, dtype, device)
-    packed = SPEC.op(**arguments)
+    packed = SPEC.out(**arguments)
     m = n = 0
     for queries, keys in pairs:
         alone = attn_ops.cosine_sim_attention(
@@ -182,11 +182,11 @@ def test_two_halves_of_the_keys_combine_through_lse(
     dtype: torch.dtype, device: torch.device
 ) -> None:
     arguments = build(BASE, dtype, device)
-    whole, whole_lse = SPEC.with_lse(**arguments)
+    whole, whole_lse = SPEC.run(**arguments)
 
-    def half(keys: slice) -> tuple[Tensor, Tensor]:
+    def half(keys: slice) -> tuple[Tensor, ...]:
         part = {name: arguments[name][:, :, keys] for name in ("key", "value")}
-        out, lse = SPEC.with_lse(**(arguments | part))
+        out, lse = SPEC.run(**(arguments | part))
         return out.to(lse.dtype), lse
 
     (left, left_lse), (right, right_lse) = half(slice(0, 17)), half(slice(17, None))
@@ -202,16 +202,15 @@ def test_gradient_through_two_halves_is_that_of_the_whole(device: torch.device) 
     arguments = build(BASE, torch.float64, device)
     leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
 
-    def half(keys: slice) -> tuple[Tensor, Tensor]:
-        return SPEC.with_lse(
-            arguments["query"], arguments["key"][:, :, keys], arguments["value"][:, :, keys]
-        )
+    def half(keys: slice) -> tuple[Tensor, ...]:
+        part = {name: arguments[name][:, :, keys] for name in ("key", "value")}
+        return SPEC.run(**(arguments | part))
 
     (left, left_lse), (right, right_lse) = half(slice(0, 17)), half(slice(17, None))
     lse = torch.logaddexp(left_lse, right_lse)
     out = (left_lse - lse).exp()[..., None] * left + (right_lse - lse).exp()[..., None] * right
     halves = torch.autograd.grad(out.sin().sum() + lse.sum(), leaves)
-    out, lse = SPEC.with_lse(**arguments)
+    out, lse = SPEC.run(**arguments)
     for a, e in zip(halves, torch.autograd.grad(out.sin().sum() + lse.sum(), leaves)):
         assert_same("gradient", a, e)
 
@@ -229,7 +228,7 @@ def test_tangents_and_second_derivatives_at_zero_vectors_and_empty_rows(
     tangents = tuple(x.cos() for x in inputs)
     without_sink = {name: x for name, x in zip(names, inputs) if name != "sink"}
 
-    def derivatives(op: Callable[..., tuple[Tensor, Tensor]]) -> list[Tensor]:
+    def derivatives(op: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
         def scalar(*values: Tensor) -> Tensor:
             out, lse = op(**arguments, **dict(zip(names, values)))
             alone = op(**arguments, **dict(zip(without_sink, values)))[0]
@@ -242,6 +241,6 @@ def test_tangents_and_second_derivatives_at_zero_vectors_and_empty_rows(
         along = torch.stack([(g * t).sum() for g, t in zip(grads, tangents)]).sum()
         return [*first, *tangent, *torch.autograd.grad(along, leaves)]
 
-    for i, (a, e) in enumerate(zip(derivatives(SPEC.with_lse), derivatives(formula))):
+    for i, (a, e) in enumerate(zip(derivatives(SPEC.run), derivatives(formula))):
         assert not e.isnan().any()
         assert_same(f"derivative {i}", a, e)
