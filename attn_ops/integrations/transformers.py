@@ -42,6 +42,8 @@ def use_linear_attention(model: nn.Module) -> int:
     - Rows of padding tokens: zeros go into the norm behind the attention, as in transformers 5.23;
       5.0 computes something there, which no other token reads.
     - Heads wider than 256, tensor parallel plans, and masks other than [B, N] are not supported.
+    - Hooks that replace a layer's `forward` (accelerate's, for a model on several devices) have to
+      come after this.
 
     `del layer.forward` undoes it for a layer.
 
@@ -53,7 +55,8 @@ def use_linear_attention(model: nn.Module) -> int:
 
     Raises:
         ImportError: transformers is not installed, or has no MiniMax.
-        ValueError: there is no such layer in the model, or one that is too wide.
+        ValueError: there is no such layer in the model, or one that is too wide, or that something
+            else has given another `forward`.
     """
     layer_class = _layer_class()
     layers = [module for module in model.modules() if isinstance(module, layer_class)]
@@ -63,6 +66,9 @@ def use_linear_attention(model: nn.Module) -> int:
     for layer in layers:
         if layer.head_dim > MAX_WIDTH:
             raise fail(OP, "model", f"have heads of width 1 to {MAX_WIDTH}", layer.head_dim)
+        if getattr(layer.forward, "__func__", None) not in (layer_class.forward, _forward):
+            expected = "have layers whose forward nothing else has replaced"
+            raise fail(OP, "model", expected, layer.forward)
     for layer in layers:
         layer.forward = MethodType(_forward, layer)
     return len(layers)

@@ -240,6 +240,23 @@ def test_a_model_without_such_layers_is_refused() -> None:
     )
 
 
+def test_a_layer_that_others_have_wrapped_is_refused(models: Models) -> None:
+    model = copy.deepcopy(models[0])
+    layers = [m for m in model.modules() if isinstance(m, MiniMaxLightningAttention)]
+    before = layers[1].forward
+    layers[1].forward = lambda *args, **options: before(*args, **options)
+    assert "whose forward nothing else has replaced" in message(ValueError, model)
+    assert "forward" not in vars(layers[0])  # all layers or none
+    del layers[1].forward
+    assert use_linear_attention(model) == use_linear_attention(model) == 2
+
+
+def test_heads_that_are_too_wide_are_refused(models: Models) -> None:
+    model = copy.deepcopy(models[0])
+    model.model.layers[2].self_attn.head_dim = 257
+    assert "have heads of width 1 to 256, got 257" in message(ValueError, model)
+
+
 def test_masks_of_other_shapes_are_refused(models: Models, device: torch.device) -> None:
     layer = models[1].model.layers[1].self_attn
     x = torch.randn(2, 5, 24, device=device, dtype=torch.float64)
