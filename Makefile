@@ -5,6 +5,7 @@
 # TORCH        what pip is asked for: make test TORCH=torch==2.11.0
 # TORCH_INDEX  the package index to take it from. A CPU build where pip would take a CUDA one:
 #              make test TORCH=torch==2.13.0+cpu TORCH_INDEX=<PyTorch's index of CPU builds>
+# OP           what the benchmarks measure: make bench-cpu OP=linear; all ops without it
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
@@ -15,6 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+OP ?= all
 GPU_TESTS ?= $(wildcard tests/conformance tests/cosine_sim tests/triton tests/nn)
 
 TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,,$(TORCH)))
@@ -47,11 +49,11 @@ compile-elsewhere: $(VENV)/.installed-dev
 	$(RUN) .ci/compile_elsewhere.py
 
 bench-cpu: $(VENV)/.installed-bench
-	$(RUN) -m benchmarks.run --preset cpu $(BENCH_ARGS)
+	$(RUN) -m benchmarks.run --preset cpu --op $(OP) $(BENCH_ARGS)
 
 # On a machine with a GPU torch is there already: these two use PYTHON and install nothing.
 bench-gpu:
-	$(PYTHON) -m benchmarks.run --preset cuda $(BENCH_ARGS)
+	$(PYTHON) -m benchmarks.run --preset cuda --op $(OP) $(BENCH_ARGS)
 
 test-gpu:
 	ATTN_OPS_TEST_DEVICE=cuda $(PYTHON) -m pytest $(GPU_TESTS) $(PYTEST_ARGS)

@@ -121,7 +121,7 @@ def reference(inputs: Inputs, setting: Setting, with_norm: bool) -> Tensor:
     return torch.stack(heads, 1)
 
 
-def flops(setting: Setting) -> dict[str, float]:
+def work(setting: Setting) -> dict[str, float]:
     """Of the matrix products alone, as `FlopCounterMode` counts the op."""
     pairs, d = setting.pairs(), setting.width
     forward, backward = 2.0 * pairs * (d + d), 2.0 * pairs * (3 * d + 2 * d)
@@ -153,16 +153,28 @@ ENTRY = Entry(
     ours=Contender("attn_ops", ours),
     peers=(
         Contender("norm + SDPA", NORM),
-        Contender("norm + SDPA, compiled", partial(NORM, compiled=True), CPU, by_default=False),
+        Contender(
+            "norm + SDPA, compiled",
+            partial(NORM, compiled=True),
+            CPU,
+            by_default=False,
+            compiled=True,
+        ),
         Contender("SDPA without norm", NO_NORM, CPU, by_default=False, with_norm=False),
         Contender("norm + cuDNN", partial(NORM, backend=CUDNN), CUDA),
-        Contender("norm + cuDNN, compiled", partial(NORM, backend=CUDNN, compiled=True), CUDA),
+        Contender(
+            "norm + cuDNN, compiled",
+            partial(NORM, backend=CUDNN, compiled=True),
+            CUDA,
+            compiled=True,
+        ),
         Contender("norm + flash", partial(NORM, backend=FLASH), CUDA, by_default=False),
-        Contender("norm + FlexAttention, compiled", flex, CUDA),
+        Contender("norm + FlexAttention, compiled", flex, CUDA, compiled=True),
         Contender("cuDNN without norm", partial(NO_NORM, backend=CUDNN), CUDA, with_norm=False),
     ),
     reference=reference,
-    flops=flops,
+    work=work,
+    unit=("TFLOP/s", 1e12),
     bars=(
         bar("float32 D64", "forward", 1.10, torch.float32, 64),
         bar("float32 D64 causal", "forward", 1.25, torch.float32, 64, causal=True),
@@ -174,4 +186,30 @@ ENTRY = Entry(
         bar("bfloat16 D64", "forward+backward", 1.0, torch.bfloat16, 64),
         bar("bfloat16 D128", "forward+backward", 1.0, torch.bfloat16, 128),
     ),
+    presets={
+        "cpu": (
+            {
+                "device": "cpu",
+                "dtype": ["float32", "bfloat16"],
+                "head_dim": [64, 128],
+                "seq_lens": [1024, 2048, 4096],
+                "threads": [1, 2],
+                "causal": "both",
+                "budget": 1.0,
+            },
+        ),
+        "cuda": (
+            {
+                "device": "cuda",
+                "dtype": ["bfloat16"],
+                "tokens": 16384,
+                "model_width": 2048,
+                "head_dim": [64, 128],
+                "seq_lens": [1024, 4096, 16384],
+                "causal": "both",
+                "num_times": 20,
+                "budget": 2.0,
+            },
+        ),
+    },
 )

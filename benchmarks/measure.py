@@ -18,6 +18,7 @@ TOLERANCE = {
     torch.float16: 1e-2,
     torch.bfloat16: 4e-2,
 }
+WAIT = 2_000_000  # clocks of the device, about a millisecond
 SLOW = 5  # budgets that one round may take before its repetition is given up
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -26,7 +27,8 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 class Times:
     """What became of one contender in one setting: seconds, or the reason for there being none."""
 
-    contender: Contender
+    name: str
+    with_norm: bool = True
     seconds: list[float] = field(default_factory=list)
     failure: str = ""
 
@@ -87,6 +89,10 @@ def check(
 
     Returns what is wrong, or '', and the seconds that the passes took this first time.
     """
+    if contender.compiled:
+        first = call()
+        if grad:
+            torch.autograd.grad(first, inputs.leaves(), inputs.grad_out)
     start = time.perf_counter()
     out = call()
     seconds = {"forward": time.perf_counter() - start}
@@ -134,6 +140,7 @@ def time_once(run: Callable[[], object], device: str, flush: torch.Tensor | None
         return time.perf_counter() - start
     assert flush is not None
     flush.zero_()  # the second-level cache holds nothing of the inputs
+    torch.cuda._sleep(WAIT)  # the host gets ahead: what is timed is the device, not the launches
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
     run()
@@ -162,12 +169,13 @@ def measure(
     ready: dict[str, list[tuple[Times, Callable[[], object]]]] = {which: [] for which in passes}
     first_round = dict.fromkeys(passes, 0.0)
     for contender in contenders:
-        call, failure, seconds = attempt(exact, contender, inputs, setting, passes != ["forward"])
+        its = inputs.tokens_first() if contender.tokens_first else inputs
+        call, failure, seconds = attempt(exact, contender, its, setting, passes != ["forward"])
         for which in passes:
-            times = Times(contender, failure=failure)
+            times = Times(contender.name, contender.with_norm, failure=failure)
             results[which].append(times)
             if call is not None and not failure:
-                ready[which].append((times, timed_call(call, inputs, which)))
+                ready[which].append((times, timed_call(call, its, which)))
                 if which in seconds:
                     first_round[which] += seconds[which]
                     times.seconds.append(seconds[which])

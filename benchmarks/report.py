@@ -22,7 +22,7 @@ class Row:
     def ratio(self) -> float | None:
         """The fastest peer that computes the same, over ours; None where either is missing."""
         ours, *peers = self.times
-        valid = [t.fastest for t in peers if not t.failure and t.contender.with_norm]
+        valid = [t.fastest for t in peers if not t.failure and t.with_norm]
         return None if ours.failure or not valid else min(valid) / ours.fastest
 
 
@@ -33,36 +33,45 @@ def cell(times: Times) -> str:
     return f"{1e3 * times.fastest:.2f} / {1e3 * times.median:.2f}"
 
 
-def markdown(rows: list[Row]) -> str:
-    """A table of milliseconds (fastest / median) with the ratio at its end."""
-    header = [*rows[0].setting.words(), "pass", *(t.contender.name for t in rows[0].times), "ratio"]
+def markdown(entry: Entry, rows: list[Row]) -> str:
+    """A table of milliseconds (fastest / median), our rate and the ratio at its end."""
+    names = [t.name for t in rows[0].times]
+    header = [*rows[0].setting.words(), "pass", *names, entry.unit[0], "ratio"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
-        ratio = row.ratio()
+        ratio, speed = row.ratio(), rate(entry, row)
         lines.append(
             [
                 *(str(word) for word in row.setting.words().values()),
                 row.which,
                 *(cell(times) for times in row.times),
+                "-" if speed is None else f"{speed:.4g}",
                 "-" if ratio is None else f"{ratio:.2f}",
             ]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def rate(entry: Entry, row: Row) -> float | None:
+    """Ours, the usual run, in the unit of the op."""
+    ours = row.times[0]
+    return None if ours.failure else entry.rate(row.setting, row.which, ours.median)
+
+
 def bars(entry: Entry, rows: list[Row]) -> str:
-    """The bars of an op, each with the lowest ratio that was measured for it."""
+    """The bars of an op, each with the lowest ratio or rate that was measured for it."""
     lines = []
     for bar in entry.bars:
-        ratios = [row.ratio() for row in rows if row.which == bar.which and bar.where(row.setting)]
-        if not ratios:
+        held = [row for row in rows if row.which == bar.which and bar.where(row.setting)]
+        if not held:
             continue
-        missing = [ratio for ratio in ratios if ratio is None]
-        lowest = min((ratio for ratio in ratios if ratio is not None), default=0.0)
-        verdict = "met" if lowest >= bar.ratio and not missing else "NOT MET"
+        values = [rate(entry, row) if bar.of_rate else row.ratio() for row in held]
+        lowest = min((value for value in values if value is not None), default=0.0)
+        verdict = "met" if lowest >= bar.least and None not in values else "NOT MET"
+        what, digits = (entry.unit[0], 0) if bar.of_rate else ("ratio", 2)
         lines.append(
-            f"{bar.text}, {bar.which}: lowest ratio {lowest:.2f} of {len(ratios)}, "
-            f"bar {bar.ratio:.2f}: {verdict}"
+            f"{bar.text}, {bar.which}: lowest {what} {lowest:.{digits}f} of {len(values)}, "
+            f"bar {bar.least:.{digits}f}: {verdict}"
         )
     return "\n".join(lines)
 
@@ -79,7 +88,7 @@ def write_csv(path: Path, entry: Entry, rows: list[Row]) -> None:
                 "contender",
                 "fastest_s",
                 "median_s",
-                "tflops",
+                entry.unit[0],
                 "note",
             ]
         )
@@ -87,10 +96,10 @@ def write_csv(path: Path, entry: Entry, rows: list[Row]) -> None:
             for times in row.times:
                 numbers: list[object] = ["", "", ""]
                 if not times.failure:
-                    rate = entry.flops(row.setting)[row.which] / times.fastest / 1e12
-                    numbers = [times.fastest, times.median, f"{rate:.4g}"]
+                    speed = entry.rate(row.setting, row.which, times.median)
+                    numbers = [times.fastest, times.median, f"{speed:.4g}"]
                 words = row.setting.words().values()
-                writer.writerow([*words, row.which, times.contender.name, *numbers, times.failure])
+                writer.writerow([*words, row.which, times.name, *numbers, times.failure])
 
 
 def write_plots(folder: Path, op: str, entry: Entry, rows: list[Row]) -> list[Path]:
@@ -119,7 +128,7 @@ def write_plots(folder: Path, op: str, entry: Entry, rows: list[Row]) -> list[Pa
             _plot_panel(axis, panel, entry, which)
             axis.set_title(title, fontsize=7)
         axes.flat[0].legend(fontsize=7)
-        figure.suptitle(f"{op}, {which}: TFLOP/s over sequence length")
+        figure.suptitle(f"{op}, {which}: {entry.unit[0]} over sequence length")
         figure.tight_layout()
         device = rows[0].setting.device
         path = folder / f"{op}-{device}-{which}.png"
@@ -132,12 +141,12 @@ def write_plots(folder: Path, op: str, entry: Entry, rows: list[Row]) -> list[Pa
 def _plot_panel(axis: Any, panel: list[Row], entry: Entry, which: str) -> None:
     for index, first in enumerate(panel[0].times):
         points = [
-            (row.setting.length, entry.flops(row.setting)[which] / row.times[index].fastest / 1e12)
+            (row.setting.length, entry.rate(row.setting, which, row.times[index].median))
             for row in panel
             if not row.times[index].failure
         ]
         if points:
-            axis.plot(*zip(*points, strict=True), marker="o", label=first.contender.name)
+            axis.plot(*zip(*points, strict=True), marker="o", label=first.name)
     axis.set_xscale("log", base=2)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
