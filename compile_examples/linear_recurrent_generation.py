@@ -8,7 +8,6 @@ at a time: out of its state, updated in place, or out of a cache of keys and val
 
 import argparse
 from pathlib import Path
-from statistics import median
 
 import torch
 from gpt.data import Corpus, load_corpus
@@ -50,9 +49,13 @@ def write(model: GPT, attention: str, length: int) -> Decoder:
 
 
 def at(length: int, decoder: Decoder) -> tuple[float, float]:
-    """Bytes per second, from the median of the last eighth before a length, and MB held there."""
+    """Bytes per second over the last eighth before a length, and MB held there.
+
+    Of the times the lower quartile: other work on the machine has disturbed it little.
+    """
     last = length - len(PROMPT) + 1  # the first call took the whole prompt
-    return 1 / median(decoder.seconds[last - length // 8 : last]), decoder.held[last - 1] / 1e6
+    seconds = sorted(decoder.seconds[last - length // 8 : last])
+    return 1 / seconds[len(seconds) // 4], decoder.held[last - 1] / 1e6
 
 
 def draw(rates: dict[str, list[float]], lengths: list[int], path: Path) -> None:
@@ -62,8 +65,11 @@ def draw(rates: dict[str, list[float]], lengths: list[int], path: Path) -> None:
     axes = figure.subplots()
     for (name, values), memory in zip(rates.items(), ("a state", "a cache of keys and values")):
         axes.plot(lengths, values, "o-", label=f"{name} attention, {memory}")
-    axes.set(xlabel="bytes so far", ylabel="bytes written per second", xscale="log")
+    axes.set(xlabel="bytes so far", ylabel="bytes written per second")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, labels=map(str, lengths))
     axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -76,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="text; without it Python's standard library")
     parser.add_argument("--out", type=Path, default=Path("runs/recurrent_generation.png"))
     args = parser.parse_args(argv)
+    if min(args.lengths) < 16:
+        parser.error("lengths must be at least 16")
     corpus, lengths = load_corpus(args.data), sorted(args.lengths)
     measured: dict[str, list[tuple[float, float]]] = {}
     for attention in MEMORIES:
@@ -87,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     print("bytes so far" + "".join(f"{name:>10} bytes/s       MB" for name in measured))
     for length, *columns in zip(lengths, *measured.values()):
         print(f"{length:12}" + "".join(f"{rate:18.0f} {held:8.2f}" for rate, held in columns))
-    draw({name: [rate for rate, _ in at] for name, at in measured.items()}, lengths, args.out)
+    rates = {name: [rate for rate, _ in rows] for name, rows in measured.items()}
+    draw(rates, lengths, args.out)
     print(f"The picture is in {args.out}.")
 
 

@@ -1,7 +1,7 @@
 """Trains a byte-level GPT under torch.compile, exports it, and runs it from the exported file.
 
     python compile_examples/train_gpt.py                        # the Python standard library
-    python compile_examples/train_gpt.py --attention softmax --data enwik8.gz
+    python compile_examples/train_gpt.py --attention linear --data enwik8.gz
     python compile_examples/train_gpt.py --compare docs/loss_curves.png
 
 Writes to --out: curve.png, curve.json, samples.txt, checkpoint.pt, gpt.exported.pt2 (torch.export)
