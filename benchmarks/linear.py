@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attn_ops.feature_maps import FEATURE_MAPS
 from benchmarks.cases import Bar, Call, Contender, Entry, Inputs, Setting
-from benchmarks.linear_formula import chunked, whole
+from benchmarks.linear_formula import chunked, march, whole
 
 EPS = 1e-5
 
@@ -66,6 +66,8 @@ def formula(
         query, key, value = folded(inputs, setting)
         if not setting.causal:
             return whole(query, key, value, eps)
+        if segment == chunk:
+            return march(query, key, value, inputs.decay, eps, chunk)
         return chunked(query, key, value, inputs.decay, eps, chunk, segment)
 
     run = torch.compile(compute, fullgraph=True, dynamic=False) if compiled else compute
@@ -198,6 +200,7 @@ ENTRY = Entry(
         Contender("chunks of 128", partial(formula, chunk=128)),
         Contender("march of 64", partial(formula, chunk=64, segment=64), CPU),
         Contender("march of 1024, chunks of 64", partial(formula, chunk=64, segment=1024), CPU),
+        Contender("march of 2048, chunks of 128", partial(formula, chunk=128, segment=2048), CPU),
         Contender(
             "chunks of 64, compiled", partial(formula, chunk=64, compiled=True), compiled=True
         ),
