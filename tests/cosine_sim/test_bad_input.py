@@ -12,42 +12,8 @@ from torch import Tensor
 
 from tests.conformance.evaluate import assert_arguments_agree
 from tests.cosine_sim.spec import SPEC, build
-from tests.errors import ERRORS
+from tests.errors import ERRORS, spoilt
 from tests.strategies import Case
-
-OTHER_DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-    torch.complex64,
-)
-WAYS = ("dtype", "longer", "shorter", "fewer ranks", "more ranks", "transposed", "device", "kept")
-
-
-@st.composite
-def spoilt(draw: st.DrawFn, tensor: Tensor) -> Tensor:
-    """The same tensor, wrong in some way (or not: a transposed square is as good)."""
-    way = draw(st.sampled_from(WAYS))
-    if way == "dtype":
-        return tensor.to(draw(st.sampled_from(OTHER_DTYPES)))
-    if way == "device":
-        return tensor.to("meta")
-    if way == "more ranks":
-        return tensor.unsqueeze(draw(st.integers(0, tensor.dim())))
-    if way == "kept" or tensor.dim() == 0:
-        return tensor
-    dim = draw(st.integers(0, tensor.dim() - 1))
-    if way == "longer":
-        return torch.cat([tensor, tensor.narrow(dim, 0, min(1, tensor.shape[dim]))], dim)
-    if way == "shorter":
-        return tensor.narrow(dim, 0, draw(st.integers(0, tensor.shape[dim])))
-    if way == "fewer ranks" and tensor.shape[dim]:
-        return tensor.select(dim, 0)
-    return tensor.transpose(dim, draw(st.integers(0, tensor.dim() - 1)))
 
 
 @st.composite
