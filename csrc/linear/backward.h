@@ -69,6 +69,18 @@ void chain_features(T* grad, T* grad_features, const Problem& p, const View& v, 
   }
 }
 
+// Announces what both walks of the backward read of queries and keys.
+inline void prefetch_chunk(Prefetch& ahead, const Problem& p, const Gradients& grads,
+                           const Place& place, Interval next, bool with_queries) {
+  ahead.clear();
+  ahead.add(grads.grad_out, place.batch, place.head, next, p.E);
+  if (p.normalized) ahead.add(p.out, place.batch, place.head, next, p.E);
+  if (with_queries) ahead.add(p.query, place.batch, place.head, next, p.D);
+  if (!p.causal) return;
+  ahead.add(p.key, place.batch, place.kv_head, next, p.D);
+  ahead.add(p.value, place.batch, place.kv_head, next, p.E);
+}
+
 template <class T>
 class BackwardQueries {
  public:
@@ -94,8 +106,12 @@ class BackwardQueries {
     start_forward(start_, sums_, parts, p_, place, fade_, segment);
     state_.clear();
     state_.read(start_, 0, p_.F);
-    for_each_chunk(segment.queries(), false,
-                   [&](int64_t first, int64_t count) { run_chunk(place, first, count); });
+    for_each_chunk(segment.queries(), false, [&](int64_t first, int64_t count, Interval next) {
+      const bool with_queries = p_.feature_map != FeatureMap::identity;
+      prefetch_chunk(ahead_, p_, grads_, place, next, with_queries);
+      ahead_.add(grads_.query, place.batch, place.head, next, p_.D);
+      run_chunk(place, first, count);
+    });
   }
 
  private:
@@ -105,7 +121,7 @@ class BackwardQueries {
       load_extended_values(values_.get(), p_, place, first, count);
       pack_columns(value_columns_.get(), values_.get(), count, width_);
       multiply_scores(scores_.get(), grad_out_.get(), value_columns_.get(), width_, count, fade_,
-                      true, true);
+                      ahead_, true, true);
       if (fade_.any()) scale_rows(values_.get(), fade_.of_keys(count), count, width_);
     }
     T* grad = p_.feature_map == FeatureMap::taylor ? grad_.get() : grad_features_.get();
@@ -119,9 +135,7 @@ class BackwardQueries {
                      count, block);
     });
     const int64_t index = (place.batch * p_.H + place.head) * p_.M + first;
-    for (int64_t r = 0; r < count; ++r) {
-      store_row(grads_.query, (index + r) * p_.D, grad + r * kRowPitch, p_.D);
-    }
+    store_rows(grads_.query, index, grad, count, p_.D);
   }
 
   // Gradients of the features of queries; then the keys are added to the state.
@@ -130,6 +144,7 @@ class BackwardQueries {
       T* state = state_.at(0, block.begin + f);
       const T* keys = key_panels_.get() + f * kChunk;
       for (int64_t row = 0; row < count; row += kTileRows) {
+        ahead_.step();
         T* target = grad_features_.get() + row * kRowPitch + f;
         const int64_t seen = p_.causal ? std::min<int64_t>(row + kTileRows, count) : 0;
         multiply_two<kScorePitch, 1, T>(
@@ -139,6 +154,7 @@ class BackwardQueries {
             [=](const Tile<T>& tile) ATTN_INLINE_LAMBDA { store_tile(target, tile, kRowPitch); });
       }
       for (int64_t e = 0; e < width_ && p_.causal; e += kTileRows) {
+        ahead_.step();
         update_tile(state + e * kPanel<T>, fade_.after(count), values_.get() + e, keys, count);
       }
     }
@@ -151,6 +167,7 @@ class BackwardQueries {
   State<T> start_;
   TransposedState<T> state_;
   Fade<T> fade_;
+  Prefetch ahead_;
   Scratch<T> grad_out_, values_, value_columns_, keys_, key_panels_, scores_, grad_features_, grad_;
 };
 

@@ -16,7 +16,10 @@ class QuerySums {
         grad_panels_(kChunk * round_up(p.E, kPanel<T>)) {}
 
   void add(State<T>& state, const Place& place, const Fade<T>& fade, Interval tokens) {
-    for_each_chunk(tokens, true, [&](int64_t first, int64_t count) {
+    for_each_chunk(tokens, true, [&](int64_t first, int64_t count, Interval next) {
+      ahead_.clear();
+      ahead_.add(p_.query, place.batch, place.head, next, p_.D);
+      ahead_.add(grads_.grad_out, place.batch, place.head, next, p_.E);
       load_grad_out(place, first, count);
       for_each_block<T>(p_, [&](Block block) {
         load_features(queries_.get(), p_, p_.query, place.batch, place.head, first, count, block);
@@ -35,7 +38,7 @@ class QuerySums {
   void add_block(State<T>& state, const Fade<T>& fade, int64_t count, Block block) {
     if (fade.any()) scale_rows(queries_.get(), fade.of_past(), count, block.size());
     const T factor = fade.after(count);
-    update_state(state, factor, queries_.get(), grad_panels_.get(), count, block);
+    update_state(state, factor, queries_.get(), grad_panels_.get(), count, block, ahead_);
     update_sum<T>(state.sum() + block.begin, factor, queries_.get(),
                   p_.normalized ? grad_out_.get() + p_.E : kNoWeights, p_.normalized ? count : 0,
                   block.size());
@@ -45,6 +48,7 @@ class QuerySums {
   const Problem& p_;
   const Gradients& grads_;
   Scratch<T> queries_, grad_out_, grad_panels_;
+  Prefetch ahead_;
 };
 
 template <class T>
@@ -65,7 +69,7 @@ class BackwardKeys : private QuerySums<T> {
         weights_(kChunk * kScorePitch),
         grad_scores_(kChunk * kScorePitch),
         grad_features_(kChunk * kRowPitch),
-        grad_inputs_(kChunk * kRowPitch),
+        grad_keys_(kChunk * kRowPitch),
         grad_values_(kChunk * kRowPitch),
         key_total_(kChunk * kRowPitch),
         value_total_(kChunk * kRowPitch) {
@@ -76,9 +80,16 @@ class BackwardKeys : private QuerySums<T> {
   void run(int64_t kv_head, const Segment& segment, const PartSums<T>& parts) {
     for (int64_t i = 0; i < group_; ++i) start(place(kv_head, i), i, segment, parts);
     if (grads_.key || grads_.value || p_.causal) {
-      for_each_chunk(segment.keys(), true, [&](int64_t first, int64_t count) {
-        for (int64_t i = 0; i < group_; ++i) run_chunk(place(kv_head, i), i, first, count);
-        store_chunk(kv_head * p_.N + first, count);
+      for_each_chunk(segment.keys(), true, [&](int64_t first, int64_t count, Interval next) {
+        for (int64_t i = 0; i < group_; ++i) {
+          prefetch_chunk(ahead_, p_, grads_, place(kv_head, i), next, p_.causal);
+          if (i == 0) ahead_.add(grads_.key, kv_head / p_.Hk, kv_head % p_.Hk, next, p_.D);
+          if (i == 0) ahead_.add(grads_.value, kv_head / p_.Hk, kv_head % p_.Hk, next, p_.E);
+          run_chunk(place(kv_head, i), i, first, count);
+        }
+        const int64_t index = kv_head * p_.N + first;
+        if (grads_.key) store_rows(grads_.key, index, key_total_.get(), count, p_.D);
+        if (grads_.value) store_rows(grads_.value, index, value_total_.get(), count, p_.E);
       });
     }
     for (int64_t i = 0; i < group_ && segment.is_first(); ++i) {
@@ -87,6 +98,7 @@ class BackwardKeys : private QuerySums<T> {
   }
 
  private:
+  using QuerySums<T>::ahead_;
   using QuerySums<T>::p_;
   using QuerySums<T>::grads_;
   using QuerySums<T>::queries_;
@@ -119,46 +131,55 @@ class BackwardKeys : private QuerySums<T> {
       this->load_grad_out(place, first, count);
       compute_scores(place, fades_[i], first, count);
     }
-    T* grad = p_.feature_map == FeatureMap::taylor ? grad_inputs_.get() : grad_features_.get();
+    const bool is_taylor = p_.feature_map == FeatureMap::taylor;
+    // The first head's results are the totals, those of the others are added.
+    T* grad_values = i == 0 ? value_total_.get() : grad_values_.get();
+    T* grad = i == 0 ? key_total_.get() : grad_keys_.get();
+    T* grad_features = is_taylor ? grad_features_.get() : grad;
     for_each_block<T>(p_, [&](Block block) {
-      load_keys(keys_.get(), p_, place, first, count, block);
-      if (p_.causal) {
-        load_features(queries_.get(), p_, p_.query, place.batch, place.head, first, count, block);
-        pack_panels(query_panels_.get(), queries_.get(), count, block.size());
-      }
-      multiply_queries(*states_[i], fades_[i], count, block);
-      multiply_grad_out(*states_[i], fades_[i], count, block);
-      chain_features(grad, grad_features_.get(), p_, p_.key, place.batch, place.kv_head, first,
-                     count, block);
+      if (!p_.causal || block.size() < p_.F) load_block(place, first, count, block);
+      if (p_.causal) pack_panels(query_panels_.get(), queries_.get(), count, block.size());
+      multiply_queries(grad_features, *states_[i], fades_[i], count, block);
+      multiply_grad_out(grad_values, *states_[i], fades_[i], count, block);
+      chain_features(grad, grad_features, p_, p_.key, place.batch, place.kv_head, first, count,
+                     block);
       if (p_.causal) this->add_block(*states_[i], fades_[i], count, block);
     });
     for (int64_t r = 0; r < count && p_.mask; ++r) {
       if (is_hidden(p_, place, first + r)) clear_rows(grad, r, r + 1);
     }
-    add_rows(key_total_.get(), grad, i == 0, count, p_.D);
-    add_rows(value_total_.get(), grad_values_.get(), i == 0, count, p_.E);
+    if (i == 0) return;
+    add_rows(key_total_.get(), grad, count, p_.D);
+    add_rows(value_total_.get(), grad_values, count, p_.E);
+  }
+
+  void load_block(const Place& place, int64_t first, int64_t count, Block block) {
+    load_keys(keys_.get(), p_, place, first, count, block);
+    if (!p_.causal) return;
+    load_features(queries_.get(), p_, p_.query, place.batch, place.head, first, count, block);
   }
 
   // Both kinds of scores of a chunk: query times key, and gradient times value.
   void compute_scores(const Place& place, const Fade<T>& fade, int64_t first, int64_t count) {
     pack_columns(value_columns_.get(), values_.get(), count, width_);
     multiply_scores(grad_scores_.get(), grad_out_.get(), value_columns_.get(), width_, count, fade,
-                    true, true);
+                    ahead_, true, true);
     for_each_block<T>(p_, [&](Block block) {
-      load_features(queries_.get(), p_, p_.query, place.batch, place.head, first, count, block);
-      load_keys(keys_.get(), p_, place, first, count, block);
+      load_block(place, first, count, block);
       pack_columns(key_columns_.get(), keys_.get(), count, block.size());
       multiply_scores(weights_.get(), queries_.get(), key_columns_.get(), block.size(), count, fade,
-                      block.begin == 0, block.end == p_.F);
+                      ahead_, block.begin == 0, block.end == p_.F);
     });
   }
 
   // Gradients of the features of keys.
-  void multiply_queries(const State<T>& state, const Fade<T>& fade, int64_t count, Block block) {
+  void multiply_queries(T* grad, const State<T>& state, const Fade<T>& fade, int64_t count,
+                        Block block) {
     transposed_.read(state, block.begin, block.end);
     for (int64_t f = 0; f < block.size(); f += kPanel<T>) {
       for (int64_t row = 0; row < count; row += kTileRows) {
-        T* target = grad_features_.get() + row * kRowPitch + f;
+        ahead_.step();
+        T* target = grad + row * kRowPitch + f;
         multiply_two<1, kScorePitch, T>(
             nullptr, {values_.get() + row * kRowPitch, transposed_.at(0, block.begin + f), width_},
             fade.any() ? fade.of_keys(count) + row : nullptr,
@@ -169,11 +190,13 @@ class BackwardKeys : private QuerySums<T> {
     }
   }
 
-  void multiply_grad_out(const State<T>& state, const Fade<T>& fade, int64_t count, Block block) {
+  void multiply_grad_out(T* grad, const State<T>& state, const Fade<T>& fade, int64_t count,
+                         Block block) {
     const bool is_last = block.end == p_.F;
     for (int64_t e = 0; e < p_.E; e += kPanel<T>) {
       for (int64_t row = 0; row < count; row += kTileRows) {
-        T* target = grad_values_.get() + row * kRowPitch + e;
+        ahead_.step();
+        T* target = grad + row * kRowPitch + e;
         multiply_two<1, kScorePitch, T>(
             block.begin == 0 ? nullptr : target,
             {keys_.get() + row * kRowPitch, state.at(block.begin, e), block.size()},
@@ -188,23 +211,9 @@ class BackwardKeys : private QuerySums<T> {
   // Queries of the chunk from a row on, which may see the key in it.
   int64_t seen_by(int64_t row, int64_t count) const { return p_.causal ? count - row : 0; }
 
-  static void add_rows(T* total, const T* rows, bool is_first, int64_t count, int64_t width) {
-    for (int64_t r = 0; r < count; ++r) {
-      T* target = total + r * kRowPitch;
-      const T* row = rows + r * kRowPitch;
-      if (is_first) {
-        std::copy(row, row + width, target);
-      } else {
-        for (int64_t d = 0; d < width; ++d) target[d] += row[d];
-      }
-    }
-  }
-
-  void store_chunk(int64_t index, int64_t count) {
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t at = r * kRowPitch;
-      if (grads_.key) store_row(grads_.key, (index + r) * p_.D, key_total_.get() + at, p_.D);
-      if (grads_.value) store_row(grads_.value, (index + r) * p_.E, value_total_.get() + at, p_.E);
+  static void add_rows(T* total, const T* rows, int64_t count, int64_t width) {
+    for (int64_t r = 0; r < count * kRowPitch; r += kRowPitch) {
+      for (int64_t d = 0; d < width; ++d) total[r + d] += rows[r + d];
     }
   }
 
@@ -213,7 +222,7 @@ class BackwardKeys : private QuerySums<T> {
   std::vector<std::unique_ptr<State<T>>> states_;
   TransposedState<T> transposed_;
   Scratch<T> keys_, key_columns_, query_panels_, values_, value_columns_, weights_, grad_scores_;
-  Scratch<T> grad_features_, grad_inputs_, grad_values_, key_total_, value_total_;
+  Scratch<T> grad_features_, grad_keys_, grad_values_, key_total_, value_total_;
 };
 
 // Zero gradients for the tokens after the last offset.

@@ -32,16 +32,103 @@ void clear_rows(T* rows, int64_t begin, int64_t end) {
   std::fill(rows + begin * kRowPitch, rows + end * kRowPitch, T(0));
 }
 
+template <class Stored, class T>
+ATTN_INLINE void load_stored_rows(T* rows, const Stored* source, int64_t row_stride, int64_t stride,
+                                  int64_t count, int64_t width) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t whole = stride == 1 ? width / lanes * lanes : 0;
+  const int64_t end = round_up(width, kPanel<T>) + kTileRows;
+  for (int64_t r = 0; r < count; ++r, rows += kRowPitch, source += row_stride) {
+    for (int64_t d = 0; d < whole; d += lanes) {
+      for (int i = 0; i < lanes; ++i) rows[d + i] = widen(source[d + i]);
+    }
+    for (int64_t d = whole; d < width; ++d) rows[d] = widen(source[d * stride]);
+    for (int64_t d = width; d < end; ++d) rows[d] = 0;
+  }
+}
+
+// Calls body(elements of the stored type from row `first` on).
+template <class T, class Body>
+ATTN_INLINE void with_stored_rows(const View& v, int64_t batch, int64_t head, int64_t first,
+                                  const Body& body) {
+  const int64_t offset = batch * v.stride[0] + head * v.stride[1] + first * v.stride[2];
+  if constexpr (sizeof(T) == 8) {
+    body(static_cast<double*>(v.data) + offset);
+  } else if (v.dtype == ScalarType::Float) {
+    body(static_cast<float*>(v.data) + offset);
+  } else if (v.dtype == ScalarType::BFloat16) {
+    body(static_cast<Bfloat16*>(v.data) + offset);
+  } else {
+    body(static_cast<Half*>(v.data) + offset);
+  }
+}
+
 template <class T>
 void load_rows(T* rows, const View& v, int64_t batch, int64_t head, int64_t first, int64_t count,
                int64_t width) {
-  for (int64_t r = 0; r < count; ++r) {
-    load_padded(rows + r * kRowPitch, v, batch, head, first + r, width);
-    for (int64_t d = round_up(width, kPanel<T>); d < round_up(width, kPanel<T>) + kTileRows; ++d) {
-      rows[r * kRowPitch + d] = 0;
+  with_stored_rows<T>(v, batch, head, first, [&](auto* source) ATTN_INLINE_LAMBDA {
+    load_stored_rows(rows, source, v.stride[2], v.stride[3], count, width);
+  });
+  clear_rows(rows, count, padded_rows<T>(count));
+}
+
+// Brings the rows that the next chunk reads and writes into the cache, a few cache lines with every
+// tile of this one: then neither memory nor the products wait for the other.
+class Prefetch {
+ public:
+  void clear() { streams_ = current_ = 0; }
+
+  void add(const View& v, int64_t batch, int64_t head, Interval tokens, int64_t width) {
+    if (!v || tokens.size() == 0 || (v.stride[3] != 1 && width != 1)) return;
+    const int64_t bytes = v.dtype == ScalarType::Double ? 8 : v.dtype == ScalarType::Float ? 4 : 2;
+    const int64_t offset = batch * v.stride[0] + head * v.stride[1] + tokens.begin * v.stride[2];
+    const char* begin = static_cast<const char*>(v.data) + offset * bytes;
+    stream_[streams_++] = {begin, begin, width * bytes, v.stride[2] * bytes, tokens.size()};
+  }
+
+  ATTN_INLINE void step() {
+    for (int i = 0; i < kLines && current_ < streams_; ++i) {
+      Stream& s = stream_[current_];
+      __builtin_prefetch(s.line, 0, 2);
+      s.line += 64;
+      if (s.line < s.row + s.row_bytes) continue;
+      s.row += s.row_stride;
+      s.line = s.row;
+      if (--s.rows == 0) ++current_;
     }
   }
-  clear_rows(rows, count, padded_rows<T>(count));
+
+ private:
+  static constexpr int kLines = 24;
+  struct Stream {
+    const char* row;
+    const char* line;
+    int64_t row_bytes, row_stride, rows;
+  };
+  Stream stream_[7];
+  int streams_ = 0, current_ = 0;
+};
+
+template <class Stored, class T>
+ATTN_INLINE void store_stored_rows(Stored* target, const T* rows, int64_t count, int64_t width) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t whole = width / lanes * lanes;
+  for (int64_t r = 0; r < count; ++r, rows += kRowPitch, target += width) {
+    for (int64_t d = 0; d < whole; d += lanes) {
+      for (int i = 0; i < lanes; ++i) narrow(rows[d + i], target[d + i]);
+    }
+    for (int64_t d = whole; d < width; ++d) narrow(rows[d], target[d]);
+  }
+}
+
+// Rows from row `first` on of a contiguous tensor [heads, length, width].
+template <class T>
+void store_rows(const View& v, int64_t first, const T* rows, int64_t count, int64_t width) {
+  View flat = v;
+  flat.stride[2] = width;
+  with_stored_rows<T>(flat, 0, 0, first, [&](auto* target) ATTN_INLINE_LAMBDA {
+    store_stored_rows(target, rows, count, width);
+  });
 }
 
 // u = x / D**(1/4) of one row, with zeros behind.
@@ -175,9 +262,10 @@ ATTN_INLINE void store_scores(T* scores, const Tile<T>& sums, const Fade<T>& fad
 // scores[m][n] += left row m · column n of the keys n <= m, weighed once they are complete.
 template <class T>
 void multiply_scores(T* scores, const T* left, const T* columns, int64_t depth, int64_t count,
-                     const Fade<T>& fade, bool is_first, bool is_last) {
+                     const Fade<T>& fade, Prefetch& ahead, bool is_first, bool is_last) {
   for (int64_t n = 0; n < count; n += kPanel<T>) {
     for (int64_t row = n / kTileRows * kTileRows; row < count; row += kTileRows) {
+      ahead.step();
       const bool weigh = is_last && (fade.any() || n + kPanel<T> > row + 1);
       multiply(left + row * kRowPitch, columns + n * depth, depth,
                [&](const Tile<T>& sums) ATTN_INLINE_LAMBDA {
@@ -214,34 +302,45 @@ __attribute__((noinline)) void update_tile(T* target, T factor, const T* left, c
 template <class T>
 void update_sum(T* sum, T factor, const T* rows, const T* weights, int64_t count, int64_t width) {
   constexpr int lanes = Simd<T>::lanes;
-  for (int64_t d = 0; d < width; d += lanes) {
-    Vec<T> total = load(sum + d) * splat<T>(factor);
+  for (int64_t d = 0; d < width; d += kPanel<T>) {
+    Vec<T> total[kTileVectors] = {};
     for (int64_t r = 0; r < count; ++r) {
-      const Vec<T> row = load(rows + r * kRowPitch + d);
-      total += weights == nullptr ? row : row * splat<T>(weights[r * kRowPitch]);
+      const Vec<T> weight = splat<T>(weights == nullptr ? T(1) : weights[r * kRowPitch]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) {
+        total[v] += load(rows + r * kRowPitch + d + v * lanes) * weight;
+      }
     }
-    store<T>(sum + d, total);
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      T* target = sum + d + v * lanes;
+      store<T>(target, load(target) * splat<T>(factor) + total[v]);
+    }
   }
 }
 
 // Adds a chunk to the features of a block: left rows [tokens, features], panels of values.
 template <class T>
 void update_state(State<T>& state, T factor, const T* left, const T* panels, int64_t count,
-                  Block block) {
+                  Block block, Prefetch& ahead) {
   for (int64_t e = 0; e < state.panels.columns; e += kPanel<T>) {
     for (int64_t f = 0; f < block.size(); f += kTileRows) {
+      ahead.step();
       update_tile(state.at(block.begin + f, e), factor, left + f, panels + e * kChunk, count);
     }
   }
 }
 
-// Calls body(first, count) for the chunks of an interval, in their order or from the last one.
+// Calls body(first, count, next) for the chunks of an interval, in their order or from the last
+// one; next is the chunk that follows.
 template <class Body>
 ATTN_INLINE void for_each_chunk(Interval all, bool reversed, const Body& body) {
   const int64_t chunks = (all.size() + kChunk - 1) / kChunk;
   for (int64_t i = 0; i < chunks; ++i) {
-    const Interval tokens = piece(all, kChunk, reversed ? chunks - 1 - i : i);
-    body(tokens.begin, tokens.size());
+    const int64_t at = reversed ? chunks - 1 - i : i, next = reversed ? at - 1 : at + 1;
+    const Interval tokens = piece(all, kChunk, at);
+    const bool is_end = i == chunks - 1;
+    body(tokens.begin, tokens.size(), is_end ? Interval{0, 0} : piece(all, kChunk, next));
   }
 }
 

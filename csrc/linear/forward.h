@@ -15,7 +15,10 @@ class KeySums {
         value_panels_(kChunk * round_up(p.E, kPanel<T>)) {}
 
   void add(State<T>& state, const Place& place, const Fade<T>& fade, Interval tokens) {
-    for_each_chunk(tokens, false, [&](int64_t first, int64_t count) {
+    for_each_chunk(tokens, false, [&](int64_t first, int64_t count, Interval next) {
+      ahead_.clear();
+      ahead_.add(p_.key, place.batch, place.kv_head, next, p_.D);
+      ahead_.add(p_.value, place.batch, place.kv_head, next, p_.E);
       load_values(place, first, count);
       for_each_block<T>(p_, [&](Block block) {
         load_keys(keys_.get(), p_, place, first, count, block);
@@ -36,12 +39,13 @@ class KeySums {
   void add_block(State<T>& state, const Fade<T>& fade, int64_t count, Block block) {
     if (fade.any()) scale_rows(keys_.get(), fade.of_keys(count), count, block.size());
     const T factor = fade.after(count);
-    update_state(state, factor, keys_.get(), value_panels_.get(), count, block);
+    update_state(state, factor, keys_.get(), value_panels_.get(), count, block, ahead_);
     update_sum<T>(state.sum() + block.begin, factor, keys_.get(), nullptr, count, block.size());
   }
 
   const Problem& p_;
   Scratch<T> keys_, values_, value_panels_;
+  Prefetch ahead_;
 };
 
 // Sums over the parts of runs that are cut into segments: [head][part].
@@ -115,12 +119,21 @@ class Forward : private KeySums<T> {
     const Place place(p_, head);
     fade_.read(p_, place.head);
     start_forward<T>(state_, *this, parts, p_, place, fade_, segment);
-    for_each_chunk(segment.queries(), false,
-                   [&](int64_t first, int64_t count) { run_chunk(place, first, count); });
+    for_each_chunk(segment.queries(), false, [&](int64_t first, int64_t count, Interval next) {
+      ahead_.clear();
+      ahead_.add(p_.query, place.batch, place.head, next, p_.D);
+      ahead_.add(p_.out, place.batch, place.head, next, p_.E);
+      if (p_.causal) {
+        ahead_.add(p_.key, place.batch, place.kv_head, next, p_.D);
+        ahead_.add(p_.value, place.batch, place.kv_head, next, p_.E);
+      }
+      run_chunk(place, first, count);
+    });
     if (p_.state && segment.is_last()) state_.write(p_.final_state, p_.final_key_sum, head);
   }
 
  private:
+  using KeySums<T>::ahead_;
   using KeySums<T>::p_;
   using KeySums<T>::keys_;
   using KeySums<T>::value_panels_;
@@ -134,7 +147,7 @@ class Forward : private KeySums<T> {
         load_keys(keys_.get(), p_, place, first, count, block);
         pack_columns(key_columns_.get(), keys_.get(), count, block.size());
         multiply_scores(scores_.get(), queries_.get(), key_columns_.get(), block.size(), count,
-                        fade_, is_first, is_last);
+                        fade_, ahead_, is_first, is_last);
       }
       if (p_.normalized) add_past_sums(count, block);
       if (p_.normalized && is_last) finish_sums(count);
@@ -175,6 +188,7 @@ class Forward : private KeySums<T> {
     const bool is_last = block.end == p_.F;
     for (int64_t e = 0; e < p_.E; e += kPanel<T>) {
       for (int64_t row = 0; row < count; row += kTileRows) {
+        ahead_.step();
         T* target = out_.get() + row * kRowPitch + e;
         const Product<T> past{queries_.get() + row * kRowPitch, state_.at(block.begin, e),
                               block.size()};
@@ -193,9 +207,7 @@ class Forward : private KeySums<T> {
   }
 
   void store_chunk(int64_t index, int64_t count) {
-    for (int64_t r = 0; r < count; ++r) {
-      store_row(p_.out, (index + r) * p_.E, out_.get() + r * kRowPitch, p_.E);
-    }
+    store_rows(p_.out, index, out_.get(), count, p_.E);
     if (p_.normalized) store_row(p_.denominator, index, denominator_, count);
   }
 
