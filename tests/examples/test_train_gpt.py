@@ -27,6 +27,11 @@ def fresh_processes_find_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew() -> None:
+    torch.compiler.reset()  # of one function the compiler keeps eight versions, not one per trainer
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
