@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch._functorch.config as functorch_config
 
 from benchmarks.cases import Call, Contender, Entry, Inputs, Setting
 
@@ -165,6 +166,8 @@ def measure(
     """
     if setting.device == "cpu":
         torch.set_num_threads(setting.threads)
+    # A kept graph is walked many times: compiled code may not give its buffers away.
+    functorch_config.donated_buffer = "backward" not in passes
     results: dict[str, list[Times]] = {which: [] for which in passes}
     ready: dict[str, list[tuple[Times, Callable[[], object]]]] = {which: [] for which in passes}
     first_round = dict.fromkeys(passes, 0.0)

@@ -195,7 +195,11 @@ def run(op: str) -> None:
 
 def main() -> None:
     """One op or all of them."""
-    op = parser().parse_args().op
+    p = parser()
+    args = p.parse_args()
+    op = args.op
+    if op == "all" and args.csv is not None and args.csv.name:
+        p.error("--csv takes no file name with --op all: each op writes its own file")
     for name in OPS if op == "all" else [op]:
         run(name)
 
