@@ -1,10 +1,13 @@
 """The gradient of decay, which weighs every pair of tokens by the distance between them."""
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from tests.comparison import assert_close
+from tests.comparison import Rounding, assert_close
 from tests.conformance.evaluate import DTYPES, assert_arguments_agree, in_dtype, with_gradients
 from tests.linear.spec import LINEAR, WITH_STATE
 from tests.strategies import Case
@@ -31,22 +34,27 @@ def arguments_of(case: Case, dtype: torch.dtype, device: torch.device) -> dict[s
     }
 
 
+@functools.cache
+def long_problem(normalize: bool, device: torch.device) -> tuple[Any, ...]:
+    """A case, gradients of its results, the exact gradient of decay, and its magnitudes."""
+    case = CASE.but(options={"normalize": normalize, "state": True})
+    arguments = in_dtype(arguments_of(case, torch.float32, device), torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    results = WITH_STATE.formula(**arguments)
+    grads = [torch.rand(x.shape, generator=generator).bfloat16().half() for x in results]
+    grads = [x.to(device, torch.float64) for x in grads]
+    exact = with_gradients(WITH_STATE, WITH_STATE.formula, arguments, *grads)
+    return case, grads, exact["decay"], WITH_STATE.magnitudes(arguments, *grads)
+
+
 @every_dtype
 @pytest.mark.parametrize("normalize", (False, True), ids=("sums", "means"))
 def test_long_sequence(normalize: bool, dtype: torch.dtype, device: torch.device) -> None:
     """As near as rounding allows: the formula in this dtype excuses nothing here."""
-    case = CASE.but(options={"normalize": normalize, "state": True})
+    case, grads, truth, magnitudes = long_problem(normalize, device)
     arguments = arguments_of(case, dtype, device)
-    exact_arguments = in_dtype(arguments, torch.float64)
-    generator = torch.Generator().manual_seed(2)
-    results = WITH_STATE.formula(**exact_arguments)
-    grads = [torch.rand(x.shape, generator=generator).bfloat16().half() for x in results]
-    grads = [x.to(device, torch.float64) for x in grads]
-    exact = with_gradients(WITH_STATE, WITH_STATE.formula, exact_arguments, *grads)
     actual = with_gradients(WITH_STATE, WITH_STATE.run, arguments, *grads)
-    rounding = WITH_STATE.rounding(dtype, exact_arguments, *grads)
-    truth = exact["decay"]
-    assert_close("decay", actual["decay"], truth, truth, rounding)
+    assert_close("decay", actual["decay"], truth, truth, Rounding(dtype, *magnitudes))
 
 
 @every_dtype

@@ -46,7 +46,9 @@ STEPS = {
 
 
 def test_texts() -> None:
-    assert_expected_inline(texts(linear_attention, CASES), """\
+    assert_expected_inline(
+        texts(linear_attention, CASES),
+        """\
 query a list
     TypeError: linear_attention: query must be a Tensor, got list
 key nothing
@@ -80,11 +82,14 @@ decay a list
 feature_map nothing
     TypeError: linear_attention: feature_map must be a str, got NoneType
 feature_map a function
-    TypeError: linear_attention: feature_map must be a str, got builtin_function_or_method""")
+    TypeError: linear_attention: feature_map must be a str, got builtin_function_or_method""",
+    )
 
 
 def test_texts_of_states() -> None:
-    assert_expected_inline(texts(linear_attention_with_state, STATES), """\
+    assert_expected_inline(
+        texts(linear_attention_with_state, STATES),
+        """\
 state a list
     TypeError: linear_attention_with_state: state must be a Tensor or None, got list
 key_sum a number
@@ -92,11 +97,14 @@ key_sum a number
 mask a list
     TypeError: linear_attention_with_state: mask must be a Tensor or None, got list
 eps a word
-    TypeError: linear_attention_with_state: eps must be a float, got str""")
+    TypeError: linear_attention_with_state: eps must be a float, got str""",
+    )
 
 
 def test_texts_of_a_step() -> None:
-    assert_expected_inline(texts(linear_attention_step, STEPS), """\
+    assert_expected_inline(
+        texts(linear_attention_step, STEPS),
+        """\
 query a list
     TypeError: linear_attention_step: query must be a Tensor, got list
 state nothing
@@ -104,7 +112,8 @@ state nothing
 key_sum nothing
     TypeError: linear_attention_step: key_sum must be a Tensor, got NoneType
 decay a number
-    TypeError: linear_attention_step: decay must be a Tensor or None, got float""")
+    TypeError: linear_attention_step: decay must be a Tensor or None, got float""",
+    )
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -62,8 +62,8 @@ def test_float32_normalised_likewise(device: torch.device) -> None:
     features = FEATURES["elu_plus_one"]
     recurrence = normalised_by_token(features(q), features(k), v)
     exact = normalised_by_token(features(q.double()), features(k.double()), v.double())
-    options = {"causal": True, "eps": 0.0, "feature_map": "elu_plus_one"}
-    out = attn_ops.linear_attention(q[None, None], k[None, None], v[None, None], **options)
+    q, k, v = (x[None, None] for x in (q, k, v))
+    out = attn_ops.linear_attention(q, k, v, causal=True, eps=0.0, feature_map="elu_plus_one")
     assert error(out[0, 0], exact) <= 2 * error(recurrence, exact)
 
 
@@ -107,5 +107,6 @@ def test_state_of_a_long_sequence_keeps_growing(dtype: torch.dtype, device: torc
     ones = torch.ones(1, 1, length, 2, device=device, dtype=dtype)
     _, state, key_sum = attn_ops.linear_attention_with_state(ones, ones, ones)
     assert (state == length).all() and (key_sum == length).all()
-    out = attn_ops.linear_attention_step(*[ones[:, :, :1]] * 3, state, key_sum)
+    token = ones[:, :, :1]
+    out = attn_ops.linear_attention_step(token, token, token, state, key_sum)
     assert (state == length + 1).all() and (out == 1).all()

@@ -187,7 +187,7 @@ def test_expanded_gradient_of_a_sum(dtype: torch.dtype, device: torch.device) ->
     arguments = WITH_STATE.build(STATE.but(mask="BN", options={"decay": True}), dtype, device)
     leaves = [x.requires_grad_() for x in WITH_STATE.floating(arguments).values()]
     results = WITH_STATE.run(**arguments)
-    total = sum(x.sum() for x in results)
+    total = torch.stack([x.double().sum() for x in results]).sum()
     expanded = torch.autograd.grad(total, leaves, retain_graph=True)
     ones = torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])
     for name, a, e in zip(WITH_STATE.floating(arguments), expanded, ones):

@@ -1,6 +1,8 @@
 """The contract that exported programs carry, word by word."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from expecttest import assert_expected_inline
 
 import attn_ops
 
-OPS = {
+OPS: dict[str, Callable[..., Any]] = {
     "linear": attn_ops.linear_attention,
     "linear_with_state": attn_ops.linear_attention_with_state,
     "linear_step": attn_ops.linear_attention_step,
@@ -21,7 +23,9 @@ def wrapped(overload: torch._ops.OpOverload) -> str:
 
 
 def test_public_schema() -> None:
-    assert_expected_inline(wrapped(torch.ops.attn.linear.default), """\
+    assert_expected_inline(
+        wrapped(torch.ops.attn.linear.default),
+        """\
 attn::linear(Tensor query,
   Tensor key,
   Tensor value,
@@ -32,11 +36,14 @@ attn::linear(Tensor query,
   float eps=1.0000000000000001e-05,
   Tensor? decay=None,
   str feature_map="identity",
-  Tensor? cu_seqlens=None) -> Tensor""")
+  Tensor? cu_seqlens=None) -> Tensor""",
+    )
 
 
 def test_public_schema_with_state() -> None:
-    assert_expected_inline(wrapped(torch.ops.attn.linear_with_state.default), """\
+    assert_expected_inline(
+        wrapped(torch.ops.attn.linear_with_state.default),
+        """\
 attn::linear_with_state(Tensor query,
   Tensor key,
   Tensor value,
@@ -49,11 +56,14 @@ attn::linear_with_state(Tensor query,
   Tensor? decay=None,
   str feature_map="identity") -> (Tensor out,
   Tensor state,
-  Tensor key_sum)""")
+  Tensor key_sum)""",
+    )
 
 
 def test_public_schema_of_a_step() -> None:
-    assert_expected_inline(wrapped(torch.ops.attn.linear_step.default), """\
+    assert_expected_inline(
+        wrapped(torch.ops.attn.linear_step.default),
+        """\
 attn::linear_step(Tensor query,
   Tensor key,
   Tensor value,
@@ -63,11 +73,14 @@ attn::linear_step(Tensor query,
   bool normalize=True,
   float eps=1.0000000000000001e-05,
   Tensor? decay=None,
-  str feature_map="identity") -> Tensor""")
+  str feature_map="identity") -> Tensor""",
+    )
 
 
 def test_private_forward_schema() -> None:
-    assert_expected_inline(wrapped(torch.ops.attn._linear_fwd.default), """\
+    assert_expected_inline(
+        wrapped(torch.ops.attn._linear_fwd.default),
+        """\
 attn::_linear_fwd(Tensor query,
   Tensor key,
   Tensor value,
@@ -81,11 +94,14 @@ attn::_linear_fwd(Tensor query,
   str feature_map) -> (Tensor out,
   Tensor denominator,
   Tensor final_state,
-  Tensor final_key_sum)""")
+  Tensor final_key_sum)""",
+    )
 
 
 def test_private_backward_schema() -> None:
-    assert_expected_inline(wrapped(torch.ops.attn._linear_bwd.default), """\
+    assert_expected_inline(
+        wrapped(torch.ops.attn._linear_bwd.default),
+        """\
 attn::_linear_bwd(Tensor grad_out,
   Tensor? grad_final_state,
   Tensor? grad_final_key_sum,
@@ -106,11 +122,14 @@ attn::_linear_bwd(Tensor grad_out,
   Tensor grad_key,
   Tensor grad_value,
   Tensor grad_state,
-  Tensor grad_key_sum)""")
+  Tensor grad_key_sum)""",
+    )
 
 
 def test_private_schema_of_the_gradient_of_decay() -> None:
-    assert_expected_inline(wrapped(torch.ops.attn._linear_grad_decay.default), """\
+    assert_expected_inline(
+        wrapped(torch.ops.attn._linear_grad_decay.default),
+        """\
 attn::_linear_grad_decay(Tensor grad_out,
   Tensor? grad_final_state,
   Tensor? grad_final_key_sum,
@@ -123,11 +142,14 @@ attn::_linear_grad_decay(Tensor grad_out,
   Tensor? key_sum,
   Tensor? offsets,
   float? eps,
-  str feature_map) -> Tensor""")
+  str feature_map) -> Tensor""",
+    )
 
 
 def test_private_schema_of_a_step() -> None:
-    assert_expected_inline(wrapped(torch.ops.attn._linear_step.default), """\
+    assert_expected_inline(
+        wrapped(torch.ops.attn._linear_step.default),
+        """\
 attn::_linear_step(Tensor query,
   Tensor key,
   Tensor value,
@@ -135,7 +157,8 @@ attn::_linear_step(Tensor query,
   Tensor(b!) key_sum,
   Tensor? decay,
   float? eps,
-  str feature_map) -> Tensor""")
+  str feature_map) -> Tensor""",
+    )
 
 
 @pytest.mark.parametrize("name", ("linear_step", "_linear_step"))

@@ -167,3 +167,25 @@ def test_second_derivatives_through_the_state(device: torch.device) -> None:
 
     for a, e in zip(*map(hessian_vector_product, (in_parts([2, 6]), WITH_STATE.formula))):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_one_of_the_two_sums_alone(name: str, device: torch.device) -> None:
+    """The other one is zero."""
+    arguments = WITH_STATE.build(CASES_WITH_STATE["a state"], torch.float32, device)
+    arguments = arguments | {name: torch.zeros_like(arguments[name])}
+    expected = WITH_STATE.run(**arguments)
+    results = WITH_STATE.run(**(arguments | {name: None}))
+    for result, actual, wanted in zip(WITH_STATE.results, results, expected):
+        assert torch.equal(actual, wanted), result
+
+
+def test_states_that_are_returned_are_not_those_that_were_given(device: torch.device) -> None:
+    """Not even of no tokens: a step may write into the one and leave the other."""
+    for tokens in (0, 3):
+        case = CASES_WITH_STATE["a state"].but(queries=tokens, keys=tokens)
+        arguments = WITH_STATE.build(case, torch.float32, device)
+        for name, returned in zip(CARRIED, WITH_STATE.run(**arguments)[1:]):
+            given = arguments[name]
+            assert returned.untyped_storage().data_ptr() != given.untyped_storage().data_ptr()
+            assert torch.equal(returned, given) == (tokens == 0)
