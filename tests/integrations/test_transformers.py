@@ -1,8 +1,10 @@
 """A tiny MiniMax of `transformers` gives the same with its linear layers served by this library."""
 
 import copy
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 from attn_ops.integrations.transformers import use_linear_attention
 from tests.comparison import assert_same
 
+ROOT = Path(__file__).parent.parent.parent
 HEADS, WIDTH, VOCABULARY = 3, 8, 50
 Models = tuple[MiniMaxForCausalLM, MiniMaxForCausalLM]
 
@@ -262,6 +265,12 @@ def test_masks_of_other_shapes_are_refused(models: Models, device: torch.device)
     x = torch.randn(2, 5, 24, device=device, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[B, N\], got \(2, 1"):
         layer(x, None, torch.ones(2, 1, 5, 5, device=device))
+
+
+def test_transformers_is_imported_when_it_is_needed() -> None:
+    program = "import sys, attn_ops.integrations.transformers as t; assert t.use_linear_attention; "
+    program += "assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_missing_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
