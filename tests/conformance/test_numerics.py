@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conformance.evaluate import DTYPES, assert_agrees
-from tests.conformance.spec import OpSpec, given_case
+from tests.conformance.spec import OpSpec, as_tuple, given_case
 from tests.strategies import Case
 
 
@@ -24,3 +24,14 @@ def test_drawn_case_agrees_with_the_formula(
         assert_agrees(spec, case, dtype, device)
 
     check(spec, device)
+
+
+def test_python_function_returns_what_the_op_returns(
+    spec: OpSpec, named: str, device: torch.device
+) -> None:
+    """Bit by bit: all of it, or `out` alone."""
+    arguments = spec.build(spec.cases[named], torch.float32, device)
+    results = as_tuple(spec.function(**arguments))
+    assert len(results) in (1, len(spec.results))
+    for name, actual, expected in zip(spec.results, results, spec.run(**arguments)):
+        assert torch.equal(actual, expected), name

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.comparison import assert_same
@@ -94,6 +96,21 @@ def test_widths(widths: tuple[int, int], dtype: torch.dtype, device: torch.devic
 def test_widths_of_taylor(width: int, dtype: torch.dtype, device: torch.device) -> None:
     case = STATE.but(batch=1, width=width, positive=False, options={"feature_map": "taylor"})
     agrees(WITH_STATE, case, dtype, device)
+
+
+@every_dtype
+def test_drawn_widths_and_lengths(dtype: torch.dtype, device: torch.device) -> None:
+    """Wider and longer than the cases of the conformance suite, where vectors and blocks end."""
+
+    @settings(max_examples=40)
+    @given(WITH_STATE.drawn(), *[st.integers(1, 70)] * 2, st.integers(1, 150))
+    def check(case: Case, width: int, value_width: int, tokens: int) -> None:
+        if case.options["feature_map"] == "taylor":
+            width = width % 12 + 1
+        case = case.but(width=width, value_width=value_width, queries=tokens, keys=tokens)
+        assert_agrees(WITH_STATE, case, dtype, device)
+
+    check()
 
 
 @directions
