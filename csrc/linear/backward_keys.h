@@ -51,6 +51,31 @@ class QuerySums {
   Prefetch ahead_;
 };
 
+// The gradient of the state after the last key of a segment.
+template <class T, class Sums>
+void start_backward(State<T>& state, Sums& sums, const PartSums<T>& parts, const Problem& p,
+                    const Gradients& grads, const Place& place, const Fade<T>& fade,
+                    const Segment& segment) {
+  state.read(grads.grad_final_state, grads.grad_final_key_sum, place.batch, place.head);
+  const Run& run = *segment.run;
+  if (run.segments == 1) {
+    if (!p.causal) sums.add(state, place, fade, run.queries);
+    return;
+  }
+  const int64_t end = p.causal ? (segment.index + 1) * run.parts_in_segment : 0;
+  for (int64_t i = run.parts() - 1; i >= end; --i) {
+    const T left = fade.after(part_of_queries({&run, i}).size());
+    state.fade_and_add(left, parts.of(place.batch * p.H + place.head, run.first_part + i));
+  }
+}
+
+template <class T>
+void add_rows(T* total, const T* rows, int64_t count, int64_t width) {
+  for (int64_t r = 0; r < count * kRowPitch; r += kRowPitch) {
+    for (int64_t d = 0; d < width; ++d) total[r + d] += rows[r + d];
+  }
+}
+
 template <class T>
 class BackwardKeys : private QuerySums<T> {
  public:
@@ -78,7 +103,12 @@ class BackwardKeys : private QuerySums<T> {
 
   // kv_head counts over B * Hk.
   void run(int64_t kv_head, const Segment& segment, const PartSums<T>& parts) {
-    for (int64_t i = 0; i < group_; ++i) start(place(kv_head, i), i, segment, parts);
+    for (int64_t i = 0; i < group_; ++i) {
+      const Place head = place(kv_head, i);
+      fades_[i].read(p_, head.head);
+      start_backward(*states_[i], static_cast<QuerySums<T>&>(*this), parts, p_, grads_, head,
+                     fades_[i], segment);
+    }
     if (grads_.key || grads_.value || p_.causal) {
       for_each_chunk(segment.keys(), true, [&](int64_t first, int64_t count, Interval next) {
         for (int64_t i = 0; i < group_; ++i) {
@@ -106,24 +136,6 @@ class BackwardKeys : private QuerySums<T> {
   using QuerySums<T>::grad_panels_;
 
   Place place(int64_t kv_head, int64_t i) const { return Place(p_, kv_head * group_ + i); }
-
-  // The gradient of the state after the last key of a segment.
-  void start(const Place& place, int64_t i, const Segment& segment, const PartSums<T>& parts) {
-    State<T>& state = *states_[i];
-    const Fade<T>& fade = fades_[i];
-    fades_[i].read(p_, place.head);
-    state.read(grads_.grad_final_state, grads_.grad_final_key_sum, place.batch, place.head);
-    const Run& run = *segment.run;
-    if (run.segments == 1) {
-      if (!p_.causal) this->add(state, place, fade, run.queries);
-      return;
-    }
-    const int64_t end = p_.causal ? (segment.index + 1) * run.parts_in_segment : 0;
-    for (int64_t part = run.parts() - 1; part >= end; --part) {
-      const T left = fade.after(part_of_queries({&run, part}).size());
-      state.fade_and_add(left, parts.of(place.batch * p_.H + place.head, run.first_part + part));
-    }
-  }
 
   void run_chunk(const Place& place, int64_t i, int64_t first, int64_t count) {
     load_extended_values(values_.get(), p_, place, first, count);
@@ -211,12 +223,6 @@ class BackwardKeys : private QuerySums<T> {
   // Queries of the chunk from a row on, which may see the key in it.
   int64_t seen_by(int64_t row, int64_t count) const { return p_.causal ? count - row : 0; }
 
-  static void add_rows(T* total, const T* rows, int64_t count, int64_t width) {
-    for (int64_t r = 0; r < count * kRowPitch; r += kRowPitch) {
-      for (int64_t d = 0; d < width; ++d) total[r + d] += rows[r + d];
-    }
-  }
-
   int64_t width_, block_, group_;
   std::vector<Fade<T>> fades_;
   std::vector<std::unique_ptr<State<T>>> states_;
@@ -240,8 +246,9 @@ void clear_hidden_gradients(const Problem& p, const Gradients& grads, Interval h
   clear(grads.value, p.Hk, p.E);
 }
 
-template <class T>
-void backward(const Problem& p, const Gradients& grads) {
+// The workers of both walks, and of the sums that segments start from.
+template <class T, class Keys, class Queries, class SumsOfKeys, class SumsOfQueries>
+void run_backward(const Problem& p, const Gradients& grads) {
   const Plan query_plan(p, p.B * p.H, kChunk);
   const Plan key_plan(p, p.B * p.Hk, kChunk);
   const bool for_keys = grads.key || grads.value || grads.state || grads.key_sum;
@@ -250,28 +257,33 @@ void backward(const Problem& p, const Gradients& grads) {
   PartSums<T> key_sums(p, query_plan);
   PartSums<T> query_sums(p, key_plan);
   if (grads.query) {
-    key_sums.compute(p, query_plan, [&] { return KeySums<T>(p); }, part_of_keys);
+    key_sums.compute(p, query_plan, [&] { return SumsOfKeys(p); }, part_of_keys);
   }
   if (for_keys) {
-    query_sums.compute(p, key_plan, [&] { return QuerySums<T>(p, grads); }, part_of_queries);
+    query_sums.compute(p, key_plan, [&] { return SumsOfQueries(p, grads); }, part_of_queries);
   }
   const int64_t key_tasks = p.B * p.Hk * key_segments;
   run_tasks(key_tasks + p.B * p.H * query_segments, [&](TaskQueue& queue) {
-    std::unique_ptr<BackwardKeys<T>> keys;
-    std::unique_ptr<BackwardQueries<T>> queries;
+    std::unique_ptr<Keys> keys;
+    std::unique_ptr<Queries> queries;
     for (int64_t i; (i = queue.next()) >= 0;) {
       if (i < key_tasks) {  // the longer ones go first
-        if (!keys) keys = std::make_unique<BackwardKeys<T>>(p, grads);
+        if (!keys) keys = std::make_unique<Keys>(p, grads);
         keys->run(i / key_segments, key_plan.segments[i % key_segments], query_sums);
         continue;
       }
       keys.reset();
-      if (!queries) queries = std::make_unique<BackwardQueries<T>>(p, grads);
+      if (!queries) queries = std::make_unique<Queries>(p, grads);
       const int64_t task = i - key_tasks;
       queries->run(task / query_segments, query_plan.segments[task % query_segments], key_sums);
     }
   });
   clear_hidden_gradients<T>(p, grads, query_plan.hidden);
+}
+
+template <class T>
+void backward(const Problem& p, const Gradients& grads) {
+  run_backward<T, BackwardKeys<T>, BackwardQueries<T>, KeySums<T>, QuerySums<T>>(p, grads);
 }
 
 }  // namespace attn::linear::ATTN_ISA

@@ -102,6 +102,29 @@ const Kernels& kernels() {
   return baseline_kernels();
 }
 
+// Causal, and wide enough to fill the tiles. Features that are computed would have to be rounded to
+// bfloat16: they go through float32.
+bool prefers_amx(const Problem& p) {
+  return p.query.dtype == ScalarType::BFloat16 && p.causal &&
+         p.feature_map == FeatureMap::identity && p.D >= 16 && p.E >= 16 && p.Hk > 0 && has_amx();
+}
+
+void run_forward(const Problem& p) {
+#if defined(__x86_64__)
+  if (prefers_amx(p)) return amx_kernels().forward(p);
+#endif
+  const bool is_double = p.query.dtype == ScalarType::Double;
+  (is_double ? kernels().forward_double : kernels().forward_float)(p);
+}
+
+void run_backward(const Problem& p, const Gradients& grads) {
+#if defined(__x86_64__)
+  if (prefers_amx(p)) return amx_kernels().backward(p, grads);
+#endif
+  const bool is_double = p.query.dtype == ScalarType::Double;
+  (is_double ? kernels().backward_double : kernels().backward_float)(p, grads);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
     const OptionalTensor& decay, const OptionalTensor& state, const OptionalTensor& key_sum,
@@ -124,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     p.final_state = view(final_state);
     p.final_key_sum = view(final_key_sum);
   }
-  (dtype == ScalarType::Double ? kernels().forward_double : kernels().forward_float)(p);
+  run_forward(p);
   return {out, denominator, final_state, final_key_sum};
 }
 
@@ -175,7 +198,7 @@ Five backward(const Tensor& grad_out, const OptionalTensor& grad_final_state,
               new_gradient(grad_out, value, output_mask[2], g.value),
               new_gradient(grad_out, state, output_mask[3], g.state),
               new_gradient(grad_out, key_sum, output_mask[4], g.key_sum)};
-  (dtype == ScalarType::Double ? kernels().backward_double : kernels().backward_float)(p, g);
+  run_backward(p, g);
   return result;
 }
 

@@ -90,8 +90,8 @@ inline Interval part_of_keys(const Segment& part) {
 }
 
 // What the first query of a segment sees before it. A run that is not causal: everything.
-template <class T>
-void start_forward(State<T>& state, KeySums<T>& sums, const PartSums<T>& parts, const Problem& p,
+template <class T, class Sums>
+void start_forward(State<T>& state, Sums& sums, const PartSums<T>& parts, const Problem& p,
                    const Place& place, const Fade<T>& fade, const Segment& segment) {
   state.read(p.state, p.key_sum, place.batch, place.head);
   const Run& run = *segment.run;
@@ -118,7 +118,7 @@ class Forward : private KeySums<T> {
   void run(int64_t head, const Segment& segment, const PartSums<T>& parts) {
     const Place place(p_, head);
     fade_.read(p_, place.head);
-    start_forward<T>(state_, *this, parts, p_, place, fade_, segment);
+    start_forward(state_, static_cast<KeySums<T>&>(*this), parts, p_, place, fade_, segment);
     for_each_chunk(segment.queries(), false, [&](int64_t first, int64_t count, Interval next) {
       ahead_.clear();
       ahead_.add(p_.query, place.batch, place.head, next, p_.D);

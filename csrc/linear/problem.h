@@ -52,6 +52,13 @@ const Kernels& baseline_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+
+// bfloat16 on the matrix instructions of AMX: products of 16-bit operands, sums in float32.
+struct AmxKernels {
+  void (*forward)(const Problem&);
+  void (*backward)(const Problem&, const Gradients&);
+};
+const AmxKernels& amx_kernels();
 #endif
 
 }  // namespace attn::linear

@@ -17,6 +17,7 @@ class Fade {
     for (int64_t i = 0; i <= kChunk; ++i, power *= gamma_) powers_[i] = static_cast<T>(power);
     for (int64_t i = 0; i < kChunk; ++i) reversed_[i] = powers_[kChunk - 1 - i];
     std::fill(reversed_ + kChunk, reversed_ + 2 * kChunk, T(0));
+    std::reverse_copy(reversed_, reversed_ + 2 * kChunk, forward_);
   }
 
   bool any() const { return gamma_ != 1; }
@@ -29,6 +30,10 @@ class Fade {
   const T* weights(int64_t row, int64_t column) const {
     return reversed_ + kChunk - 1 + column - row;
   }
+  // [column]: of the key in a row, as the queries see it.
+  const T* weights_of_queries(int64_t row, int64_t column) const {
+    return forward_ + kChunk + column - row;
+  }
   // [row]: of the state before the chunk, as a query sees it.
   const T* of_past() const { return powers_ + 1; }
   // [row]: of a key, as the state after the chunk sees it.
@@ -37,7 +42,7 @@ class Fade {
  private:
   T gamma_ = 1;
   T powers_[kChunk + 1];
-  T reversed_[2 * kChunk];
+  T reversed_[2 * kChunk], forward_[2 * kChunk];
 };
 
 // A matrix [rows, columns] as the right operand of products over its rows: panels
