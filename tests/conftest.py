@@ -4,6 +4,7 @@ ATTN_OPS_TEST_DEVICE=cuda runs the suite on a GPU, and fails where there is none
 """
 
 import os
+from collections.abc import Iterator
 
 # Threads that wait spin by default: where other processes share the cores, small tensors then take
 # thirty times as long. Read when torch is loaded.
@@ -39,3 +40,13 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def uninitialized_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Deterministic mode fills what `torch.empty` returns with NaN."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

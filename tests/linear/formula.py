@@ -73,10 +73,11 @@ class Parts:
         self.state, self.key_sum = self.state.view(sizes), self.key_sum.view(sizes[:3])
 
     def per_query_head(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        return x.repeat_interleave(self.heads // max(self.kv_heads, 1), dim=1)
 
     def per_kv_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (self.kv_heads, -1)).sum(2)
+        group = self.heads // max(self.kv_heads, 1)
+        return x.unflatten(1, (self.kv_heads, group)).sum(2)
 
     def decayed(self, age: Tensor) -> Tensor:
         return self.decay.reshape(-1, *[1] * age.dim()) ** age.to(self.decay.dtype)

@@ -181,6 +181,8 @@ LONG = Case(
     causal=True,
     options={"decay": True, "state": True, "feature_map": "elu_plus_one"},
 )
+# Zero is a multiple of the number of key heads: their gradients are zeros.
+NO_QUERY_HEADS = CAUSAL.but(heads=0, kv_heads=1)
 
 LINEAR = OpSpec(
     name="linear",
@@ -197,6 +199,7 @@ LINEAR = OpSpec(
     own_backward={"decay": "_linear_grad_decay"},
     cases=CASES,
     long=LONG,
+    examples=(NO_QUERY_HEADS,),
 )
 WITH_STATE = OpSpec(
     name="linear_with_state",
@@ -213,5 +216,6 @@ WITH_STATE = OpSpec(
     own_backward={"decay": "_linear_grad_decay"},
     cases=CASES_WITH_STATE,
     long=LONG,
+    examples=(NO_QUERY_HEADS,),
 )
 SPECS = (LINEAR, WITH_STATE)

@@ -45,6 +45,10 @@ def agrees(
 
 EMPTY = {
     "batch": (LINEAR, Case(batch=0)),
+    "query heads": (LINEAR, Case(heads=0, kv_heads=1)),
+    "query heads, causal": (LINEAR, CAUSAL.but(heads=0, kv_heads=1, options={"decay": True})),
+    "query heads beside a state": (WITH_STATE, STATE.but(heads=0, kv_heads=1)),
+    "all heads": (LINEAR, Case(heads=0, kv_heads=0)),
     "queries": (LINEAR, Case(queries=0)),
     "keys": (LINEAR, Case(keys=0)),
     "keys, eps 0": (LINEAR, Case(keys=0, options={"eps": 0.0})),
@@ -61,7 +65,9 @@ EMPTY = {
 
 @every_dtype
 @pytest.mark.parametrize("name", EMPTY)
-def test_sizes_of_zero(name: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_sizes_of_zero(
+    name: str, dtype: torch.dtype, device: torch.device, uninitialized_memory_is_nan: None
+) -> None:
     """Results of the right shape; gradients of what contributes nothing are zeros."""
     assert_agrees(*EMPTY[name], dtype, device)
 
