@@ -10,17 +10,12 @@ import attn_ops
 from tests import strategies
 from tests.conformance.spec import OpSpec
 from tests.linear import formula
+from tests.linear.formula import FEATURES
 from tests.linear.magnitudes import magnitudes
 from tests.strategies import STRIDES, Case, Maker
 
 MAPS = ("identity", "elu_plus_one", "relu", "softplus", "taylor")
-POSITIVE_MAPS = ("elu_plus_one", "relu", "softplus", "taylor")
 DECAYS = (1.0, 0.984375, 0.9375, 0.75, 0.5, 0.125)  # numbers that 16 bits hold
-
-
-def num_features(case: Case) -> int:
-    taylor = case.options.get("feature_map") == "taylor"
-    return 1 + case.width + case.width * (case.width + 1) // 2 if taylor else case.width
 
 
 def decay_of(make: Maker) -> torch.Tensor:
@@ -49,10 +44,11 @@ def build_with_state(case: Case, dtype: torch.dtype, device: torch.device) -> di
     if case.options.get("state"):
         make = Maker(case.but(seed=case.seed + 100), strategies.compute_dtype(dtype), device)
         rows = (case.batch,) if case.layout == "merged" else (case.batch, case.heads)
-        features = num_features(case)
-        args["state"] = make.normal(*rows, features, case.value_width, strides=case.strides)
-        # A sum of features: what it is divided by must not cancel out.
-        args["key_sum"] = make.normal(*rows, features, positive=True)
+        features = FEATURES[case.options.get("feature_map", "identity")]
+        # The features of a key before: what it is divided by does not cancel out.
+        args["key_sum"] = features(make.normal(*rows, case.width, positive=True))
+        sizes = (*args["key_sum"].shape, case.value_width)
+        args["state"] = make.normal(*sizes, strides=case.strides)
     return args
 
 
