@@ -32,9 +32,9 @@
 #define ATTN_VECTOR_BYTES 64
 #define ATTN_TILE_ROWS 8
 #ifdef __clang__
-#pragma clang attribute push(                                                                  \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,"       \
-                          "amx-tile,amx-bf16"))),                                              \
+#pragma clang attribute push(                                                            \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16," \
+                          "amx-tile,amx-bf16"))),                                        \
     apply_to = function)
 #else
 #pragma GCC push_options

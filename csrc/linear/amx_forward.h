@@ -171,7 +171,7 @@ class HalfForward : private HalfKeySums {
 inline void half_forward(const Problem& p) {
   const Plan plan(p, p.B * p.H, kChunk);
   PartSums<float> parts(p, plan);
-  parts.compute(p, plan, [&] { return HalfKeySums(p); }, part_of_keys);
+  parts.compute(p, plan, [&] { return HalfKeySums(p); }, part_of_keys, is_before_a_segment);
   const auto segments = static_cast<int64_t>(plan.segments.size());
   run_tasks(p.B * p.H * segments, [&](TaskQueue& queue) {
     HalfForward worker(p);

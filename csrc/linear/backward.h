@@ -22,27 +22,31 @@ void load_extended_values(T* rows, const Problem& p, const Place& place, int64_t
   for (int64_t r = 0; r < count; ++r) rows[r * kRowPitch + p.E] = 1;
 }
 
-// Rows of G.
+// Rows of G; `out` has room for as many rows.
 template <class T>
-void load_gradients(T* rows, const Problem& p, const Gradients& grads, const Place& place,
+void load_gradients(T* rows, T* out, const Problem& p, const Gradients& grads, const Place& place,
                     int64_t first, int64_t count) {
   load_rows(rows, grads.grad_out, place.batch, place.head, first, count, p.E);
   if (!p.normalized) return;
-  T out[kRowPitch];
+  load_rows(out, p.out, place.batch, place.head, first, count, p.E);
+  const int64_t* stride = p.denominator.stride;
+  T denominators[kChunk];
+  load_row(denominators, p.denominator,
+           place.batch * stride[0] + place.head * stride[1] + first * stride[2], stride[2], count);
   for (int64_t r = 0; r < count; ++r) {
     T* row = rows + r * kRowPitch;
-    const int64_t* stride = p.denominator.stride;
-    T denominator;
-    load_row(&denominator, p.denominator,
-             place.batch * stride[0] + place.head * stride[1] + (first + r) * stride[2], 1, 1);
-    if (denominator == 0) {
+    if (denominators[r] == 0) {
       clear_rows(rows, r, r + 1);
       continue;
     }
-    const T inverse = 1 / denominator;
-    load_padded(out, p.out, place.batch, place.head, first + r, p.E);
-    row[p.E] = -inverse * dot(row, out, p.E);
-    for (int64_t e = 0; e < p.E; ++e) row[e] *= inverse;
+    const Vec<T> inverse = splat<T>(1 / denominators[r]);
+    Vec<T> along{};
+    for (int64_t e = 0; e < p.E; e += Simd<T>::lanes) {
+      const Vec<T> scaled = load(row + e) * inverse;
+      along += scaled * load(out + r * kRowPitch + e);
+      store<T>(row + e, scaled);
+    }
+    row[p.E] = -horizontal_sum<T>(along);
   }
 }
 
@@ -116,7 +120,7 @@ class BackwardQueries {
 
  private:
   void run_chunk(const Place& place, int64_t first, int64_t count) {
-    load_gradients(grad_out_.get(), p_, grads_, place, first, count);
+    load_gradients(grad_out_.get(), keys_.get(), p_, grads_, place, first, count);
     if (p_.causal) {
       load_extended_values(values_.get(), p_, place, first, count);
       pack_columns(value_columns_.get(), values_.get(), count, width_);

@@ -30,7 +30,7 @@ class QuerySums {
 
  protected:
   void load_grad_out(const Place& place, int64_t first, int64_t count) {
-    load_gradients(grad_out_.get(), p_, grads_, place, first, count);
+    load_gradients(grad_out_.get(), queries_.get(), p_, grads_, place, first, count);
     pack_panels(grad_panels_.get(), grad_out_.get(), count, p_.E);
   }
 
@@ -257,10 +257,12 @@ void run_backward(const Problem& p, const Gradients& grads) {
   PartSums<T> key_sums(p, query_plan);
   PartSums<T> query_sums(p, key_plan);
   if (grads.query) {
-    key_sums.compute(p, query_plan, [&] { return SumsOfKeys(p); }, part_of_keys);
+    key_sums.compute(
+        p, query_plan, [&] { return SumsOfKeys(p); }, part_of_keys, is_before_a_segment);
   }
   if (for_keys) {
-    query_sums.compute(p, key_plan, [&] { return SumsOfQueries(p, grads); }, part_of_queries);
+    query_sums.compute(
+        p, key_plan, [&] { return SumsOfQueries(p, grads); }, part_of_queries, is_after_a_segment);
   }
   const int64_t key_tasks = p.B * p.Hk * key_segments;
   run_tasks(key_tasks + p.B * p.H * query_segments, [&](TaskQueue& queue) {

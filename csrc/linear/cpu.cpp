@@ -1,6 +1,7 @@
 // attn::_linear_fwd, _linear_bwd and _linear_step on the CPU: shapes in, kernels of this machine.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <string>
 #include <tuple>
 
@@ -202,6 +203,17 @@ Five backward(const Tensor& grad_out, const OptionalTensor& grad_final_state,
   return result;
 }
 
+// Tells autograd that a tensor was written, which it counts per operator call: an empty view of it
+// counts with it.
+void mark_written(const Tensor& tensor) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  Tensor alias = torch::stable::detail::to<Tensor>(stack[0]);
+  Tensor nothing = torch::stable::narrow(alias, 0, 0, 0);
+  torch::stable::zero_(nothing);
+}
+
 Tensor step(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& state,
             const Tensor& key_sum, const OptionalTensor& decay, std::optional<double> eps,
             std::string feature_map) {
@@ -213,6 +225,8 @@ Tensor step(const Tensor& query, const Tensor& key, const Tensor& value, const T
   p.out = view(out);
   const bool is_double = query.scalar_type() == ScalarType::Double;
   (is_double ? kernels().step_double : kernels().step_float)(p);
+  mark_written(state);
+  mark_written(key_sum);
   return out;
 }
 

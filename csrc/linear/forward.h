@@ -60,19 +60,25 @@ class PartSums {
   T* of(int64_t head, int64_t part) const { return data_.get() + (head * parts_ + part) * size_; }
 
   // make_sums() gives an object whose add(state, place, fade, tokens) adds tokens to a state;
-  // interval(part) says which.
-  template <class MakeSums, class TokensOf>
+  // tokens_of(part) says which, is_needed(part) whether a segment starts from it.
+  template <class MakeSums, class TokensOf, class IsNeeded>
   void compute(const Problem& p, const Plan& plan, const MakeSums& make_sums,
-               const TokensOf& tokens_of) {
-    run_tasks(p.B * p.H * parts_, [&](TaskQueue& queue) {
+               const TokensOf& tokens_of, const IsNeeded& is_needed) {
+    std::vector<int64_t> needed;
+    for (int64_t part = 0; part < parts_; ++part) {
+      if (!p.causal || is_needed(plan.parts[part])) needed.push_back(part);
+    }
+    const auto count = static_cast<int64_t>(needed.size());
+    run_tasks(p.B * p.H * count, [&](TaskQueue& queue) {
       auto sums = make_sums();
       State<T> state(p.F, p.E);
       Fade<T> fade;
       for (int64_t i; (i = queue.next()) >= 0;) {
-        fade.read(p, i / parts_ % p.H);
+        const int64_t head = i / count, part = needed[i % count];
+        fade.read(p, head % p.H);
         state.clear();
-        sums.add(state, Place(p, i / parts_), fade, tokens_of(plan.parts[i % parts_]));
-        std::copy(state.data(), state.data() + size_, of(i / parts_, i % parts_));
+        sums.add(state, Place(p, head), fade, tokens_of(plan.parts[part]));
+        std::copy(state.data(), state.data() + size_, of(head, part));
       }
     });
   }
@@ -87,6 +93,13 @@ inline Interval part_of_queries(const Segment& part) {
 }
 inline Interval part_of_keys(const Segment& part) {
   return piece(part.run->keys, part.run->key_part, part.index);
+}
+
+inline bool is_before_a_segment(const Segment& part) {
+  return part.index < part.run->parts() - part.run->parts_in_segment;
+}
+inline bool is_after_a_segment(const Segment& part) {
+  return part.index >= part.run->parts_in_segment;
 }
 
 // What the first query of a segment sees before it. A run that is not causal: everything.
@@ -235,7 +248,7 @@ template <class T>
 void forward(const Problem& p) {
   const Plan plan(p, p.B * p.H, kChunk);
   PartSums<T> parts(p, plan);
-  parts.compute(p, plan, [&] { return KeySums<T>(p); }, part_of_keys);
+  parts.compute(p, plan, [&] { return KeySums<T>(p); }, part_of_keys, is_before_a_segment);
   const auto segments = static_cast<int64_t>(plan.segments.size());
   run_tasks(p.B * p.H * segments, [&](TaskQueue& queue) {
     Forward<T> worker(p);
