@@ -42,11 +42,13 @@ def build_with_state(case: Case, dtype: torch.dtype, device: torch.device) -> di
     args = build(case, dtype, device)
     del args["causal"]
     if case.options.get("state"):
-        make = Maker(case.but(seed=case.seed + 100), strategies.compute_dtype(dtype), device)
+        sums = strategies.compute_dtype(dtype)
+        make = Maker(case.but(seed=case.seed + 100), sums, device)
         rows = (case.batch,) if case.layout == "merged" else (case.batch, case.heads)
         features = FEATURES[case.options.get("feature_map", "identity")]
         # The features of a key before: what it is divided by does not cancel out.
-        args["key_sum"] = features(make.normal(*rows, case.width, positive=True))
+        key = make.normal(*rows, case.width, positive=True).double()
+        args["key_sum"] = features(key).float().to(sums)  # one and the same in every dtype
         sizes = (*args["key_sum"].shape, case.value_width)
         args["state"] = make.normal(*sizes, strides=case.strides)
     return args
