@@ -3,7 +3,9 @@
 
 namespace attn::linear::ATTN_ISA {
 
-constexpr int kChunk = kTileRows == 8 ? 64 : 48;  // tokens that are processed at a time
+constexpr int kChunk = ATTN_ISA_LEVEL == 3 ? 64
+                       : kTileRows == 8    ? 32
+                                           : 48;  // tokens that are processed at a time
 constexpr int kScorePitch = kChunk + 16;          // an odd number of cache lines of floats
 
 // Powers of one head's decay, and 0 for the keys after a query.
