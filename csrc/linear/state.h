@@ -3,10 +3,11 @@
 
 namespace attn::linear::ATTN_ISA {
 
-constexpr int kChunk = ATTN_ISA_LEVEL == 3 ? 64
-                       : kTileRows == 8    ? 32
-                                           : 48;  // tokens that are processed at a time
-constexpr int kScorePitch = kChunk + 16;          // an odd number of cache lines of floats
+// Tokens that are processed at a time: whole tiles and panels, and few, since scores grow with
+// their square. AMX spends little on scores and much on rounding the state, which it does once per
+// chunk.
+constexpr int kChunk = ATTN_ISA_LEVEL == 3 ? 64 : kTileRows == 8 ? 32 : 48;
+constexpr int kScorePitch = kChunk + 16;  // an odd number of cache lines of floats
 
 // Powers of one head's decay, and 0 for the keys after a query.
 template <class T>
