@@ -88,4 +88,6 @@ def _one_by_one(
         return [x.select(dim, v) if isinstance(dim, int) else x for x, dim in pairs]
 
     results = [overload(*copy(v)) for v in range(size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
     return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])

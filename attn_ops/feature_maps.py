@@ -73,3 +73,28 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 def num_features(name: str, width: int) -> int:
     """F, the width of the features of inputs of this width."""
     return 1 + width + width * (width + 1) // 2 if name == "taylor" else width
+
+
+def pullback(name: str, x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of x `[..., D]` from that of its features `[..., F]`, as a formula."""
+    if name == "taylor":
+        return _pullback_of_taylor(x, grad)
+    slopes = {
+        "identity": lambda: torch.ones_like(x),
+        "elu_plus_one": lambda: torch.where(x > 0, 1, x.clamp_max(0).exp()),
+        "relu": lambda: (x > 0).to(x.dtype),
+        "softplus": lambda: x.sigmoid(),
+    }
+    return grad * slopes[name]()
+
+
+def _pullback_of_taylor(x: Tensor, grad: Tensor) -> Tensor:
+    width = x.shape[-1]
+    scale = width**-0.25
+    first, second = torch.triu_indices(width, width, device=x.device)
+    # The pair (i, j) is u[i] u[j], or u[i]**2 / sqrt(2): in a symmetric matrix it counts twice.
+    factor = (1 + (first == second).to(x.dtype)).rsqrt()
+    matrix = grad.new_zeros(*x.shape[:-1], width, width)
+    matrix[..., first, second] = grad[..., 1 + width :] * factor
+    of_pairs = ((matrix + matrix.mT) @ (x * scale).unsqueeze(-1)).squeeze(-1)
+    return scale * (grad[..., 1 : 1 + width] + of_pairs)

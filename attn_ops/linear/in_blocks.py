@@ -16,7 +16,7 @@ from torch import Tensor
 from attn_ops import _autograd
 from attn_ops._checks import compute_dtype
 from attn_ops.feature_maps import num_features
-from attn_ops.linear import reference
+from attn_ops.linear import reference, reference_backward
 
 BLOCK = 256
 _FORWARD = "query key value mask decay state key_sum offsets causal eps feature_map".split()
@@ -132,7 +132,8 @@ def forward(*values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if args["state"] is None:
         return out, denominator, query.new_empty(0, dtype=dtype), query.new_empty(0, dtype=dtype)
     # Without a single step they are the arguments themselves, which an op may not return.
-    return out, denominator, carried["state"].clone(), carried["key_sum"].clone()
+    finals = (carried[name].clone(memory_format=torch.contiguous_format) for name in carried)
+    return out, denominator, *finals
 
 
 def _backward(
@@ -157,7 +158,7 @@ def _backward(
         for step, before in zip(reversed(steps), reversed(carried[:-1])):
             block = _of_step(args, step) | before
             grad_out = grads[0][:, :, step[0] : step[1]].to(dtype)  # type: ignore[index]
-            of_block = _vjp(block, [grad_out, *grad_carried.values()])
+            of_block = reference_backward.backward(block, grad_out, *grad_carried.values())
             for name in ("query", "key", "value", "decay"):
                 if name in totals:
                     first, last = step[:2] if name == "query" else step[2:]
@@ -171,19 +172,6 @@ def _backward(
     return {
         name: total.to(dict(zip(_FORWARD, values))[name].dtype) for name, total in totals.items()
     }
-
-
-def _vjp(block: dict[str, Any], grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """Gradients of everything that one step reads."""
-    names = [name for name in GRADS if block[name] is not None]
-
-    def results(*tensors: Tensor) -> tuple[Tensor, ...]:
-        out, _, *finals = reference.forward(**(block | dict(zip(names, tensors))))
-        return (out, *finals)
-
-    outputs, pullback, *_ = torch.func.vjp(results, *(block[name] for name in names))
-    filled = [torch.zeros_like(y) if g is None else g for y, g in zip(outputs, grads)]
-    return dict(zip(names, pullback(tuple(filled))))
 
 
 def backward(*values: Any) -> tuple[Tensor, ...]:

@@ -14,32 +14,23 @@ the last key ([0] unless they were given). All outputs are contiguous.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attn_ops import _autograd, _library, _vmap
-from attn_ops._arguments import (
-    autocast,
-    check_mask,
-    check_offsets,
-    check_packed,
-    check_sizes,
-    fold_layout,
-)
-from attn_ops._checks import (
-    check_device,
-    check_floating,
-    check_parameter,
-    check_shape,
-    compute_dtype,
-    fail,
-    shape,
-)
-from attn_ops.feature_maps import FEATURE_MAPS, num_features
+from attn_ops._checks import compute_dtype, fail, shape
 from attn_ops.linear import in_blocks
+from attn_ops.linear.arguments import (
+    check_feature_map,
+    fold_decay,
+    fold_eps,
+    fold_inputs,
+    fold_mask,
+    fold_offsets,
+    fold_state,
+)
 
 _library.define("linear")
 
@@ -59,30 +50,22 @@ def _linear(
 ) -> Tensor:
     op = "linear"
     merged = query.dim() == 3
-    query, key, value = _fold_inputs(op, query, key, value, causal)
+    query, key, value = fold_inputs(op, query, key, value, causal)
     _autograd.check_forward_mode(op, query, key, value, decay)
     if decay is not None and not causal:
         raise ValueError(f"{op}: decay must come with causal=True, got causal=False")
-    if cu_seqlens is not None:
-        check_offsets(op, "cu_seqlens", cu_seqlens, query)
-        check_packed(op, query)
-        if query.shape[2] != key.shape[2]:
-            expected = "have as many tokens as query beside cu_seqlens"
-            raise fail(op, "key", expected, shape(key))
-        first = torch.zeros_like(cu_seqlens[:1])
-        cu_seqlens = torch.cat([first, cu_seqlens[1:]]).clamp(0, key.shape[2]).to(torch.int32)
     out, *_ = torch.ops.attn._linear_fwd(
         query,
         key,
         value,
-        _fold_mask(op, mask, query, key),
-        _fold_decay(op, decay, query),
+        fold_mask(op, mask, query, key),
+        fold_decay(op, decay, query),
         None,
         None,
-        cu_seqlens,
+        fold_offsets(op, cu_seqlens, query, key),
         causal,
-        _fold_eps(op, eps, normalize),
-        _check_feature_map(op, feature_map),
+        fold_eps(op, eps, normalize),
+        check_feature_map(op, feature_map),
     )
     return out.squeeze(1) if merged else out
 
@@ -102,21 +85,21 @@ def _linear_with_state(
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "linear_with_state"
     merged = query.dim() == 3
-    query, key, value = _fold_inputs(op, query, key, value, True)
+    query, key, value = fold_inputs(op, query, key, value, True)
     _autograd.check_forward_mode(op, query, key, value, state, key_sum, decay)
-    _check_feature_map(op, feature_map)
-    state, key_sum = _fold_state(op, state, key_sum, query, value, feature_map, merged)
+    check_feature_map(op, feature_map)
+    state, key_sum = fold_state(op, state, key_sum, query, value, feature_map, merged)
     out, _, state, key_sum = torch.ops.attn._linear_fwd(
         query,
         key,
         value,
-        _fold_mask(op, mask, query, key),
-        _fold_decay(op, decay, query),
+        fold_mask(op, mask, query, key),
+        fold_decay(op, decay, query),
         state,
         key_sum,
         None,
         True,
-        _fold_eps(op, eps, normalize),
+        fold_eps(op, eps, normalize),
         feature_map,
     )
     if merged:
@@ -138,91 +121,17 @@ def _linear_step(
 ) -> Tensor:
     op = "linear_step"
     merged = query.dim() == 3
-    query, key, value = _fold_inputs(op, query, key, value, True)
-    _check_feature_map(op, feature_map)
+    query, key, value = fold_inputs(op, query, key, value, True)
+    check_feature_map(op, feature_map)
     if query.shape[2] != 1:
         raise fail(op, "query", "have one token", shape(query))
-    folded, folded_sum = _fold_state(op, state, key_sum, query, value, feature_map, merged)
-    eps_or_none = _fold_eps(op, eps, normalize)
-    decay = _fold_decay(op, decay, query)
+    folded, folded_sum = fold_state(op, state, key_sum, query, value, feature_map, merged)
+    eps_or_none = fold_eps(op, eps, normalize)
+    decay = fold_decay(op, decay, query)
     out = torch.ops.attn._linear_step(
         query, key, value, folded, folded_sum, decay, eps_or_none, feature_map
     )
     return out.squeeze(1) if merged else out
-
-
-# --- checks and folding
-
-
-def _fold_inputs(
-    op: str, query: Tensor, key: Tensor, value: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = fold_layout(op, *autocast(query, key, value))
-    check_sizes(op, query, key, value)
-    if causal and query.shape[2] != key.shape[2]:
-        raise fail(op, "key", "have as many tokens as query in causal attention", shape(key))
-    return query, key, value
-
-
-def _fold_mask(op: str, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    check_mask(op, mask, query)
-    check_shape(op, "mask", mask, (key.shape[0], key.shape[2]), "[B, N]")
-    return mask[:, None, None, :]
-
-
-def _fold_decay(op: str, decay: Tensor | None, query: Tensor) -> Tensor | None:
-    if decay is None:
-        return None
-    check_parameter(op, "decay", decay, query)
-    check_shape(op, "decay", decay, (query.shape[1],), "[H]")
-    return decay.to(compute_dtype(query.dtype))
-
-
-def _fold_eps(op: str, eps: float, normalize: bool) -> float | None:
-    if isinstance(eps, float) and not (math.isfinite(eps) and eps >= 0):
-        raise fail(op, "eps", "be finite and at least 0", eps)
-    return eps if normalize else None
-
-
-def _check_feature_map(op: str, feature_map: str) -> str:
-    if feature_map not in FEATURE_MAPS:
-        raise fail(op, "feature_map", f"be one of {', '.join(FEATURE_MAPS)}", repr(feature_map))
-    return feature_map
-
-
-def _fold_state(
-    op: str,
-    state: Tensor | None,
-    key_sum: Tensor | None,
-    query: Tensor,
-    value: Tensor,
-    feature_map: str,
-    merged: bool,
-) -> tuple[Tensor, Tensor]:
-    """state [B, H, F, E] and key_sum [B, H, F], zeros where there is none yet."""
-    batch, heads, _, width = query.shape
-    dtype = compute_dtype(query.dtype)
-    features = num_features(feature_map, width)
-    sizes = {"state": (features, value.shape[3]), "key_sum": (features,)}
-    laws = {"state": "F, E]", "key_sum": "F]"}
-    folded = []
-    for name, tensor in (("state", state), ("key_sum", key_sum)):
-        full = (batch, heads, *sizes[name])
-        if tensor is None:
-            folded.append(query.new_zeros(full, dtype=dtype))
-            continue
-        check_floating(op, name, tensor)
-        check_device(op, name, tensor, query)
-        if tensor.dtype != dtype:
-            raise TypeError(f"{op}: {name} must be {dtype} beside this query, got {tensor.dtype}")
-        if merged:
-            check_shape(op, name, tensor, (batch, *sizes[name]), f"[BH, {laws[name]}")
-            tensor = tensor.unsqueeze(1)
-        check_shape(op, name, tensor, full, f"[B, H, {laws[name]}")
-        folded.append(tensor)
-    return folded[0], folded[1]
 
 
 _library.decompose("linear", _linear)

@@ -3,8 +3,8 @@
 Every kernel is compared with `forward` in float64, and with the gradients that PyTorch derives from
 it. It holds [M, N] scores; `in_blocks.py` bounds that.
 
-Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width, F features,
-E value width, S packed sequences. Arguments are those of the private ops (see ops.py).
+Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width,
+F features, E value width, S packed sequences. Arguments are those of the private ops (see ops.py).
 """
 
 from __future__ import annotations

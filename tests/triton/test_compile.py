@@ -72,21 +72,24 @@ def stack_bytes(kernel: Any) -> int:
     return int(found[1])
 
 
-def launch_everything(dtype: torch.dtype, width: int, with_terms: bool) -> None:
+def empty(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+def inputs(dtype: torch.dtype, width: int, length: int = 1024) -> tuple[torch.Tensor, ...]:
+    """Query, key and value, [B, N, H, D] transposed."""
+    return tuple(empty(2, length, heads, width, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2))
+
+
+def launch_cosine_sim(dtype: torch.dtype, width: int, with_terms: bool) -> None:
     """Forward and backward; `with_terms` with all that changes the kernels, else with nothing."""
     batch, heads, kv_heads, length = 2, 4, 2, 1024
-
-    def empty(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(sizes, dtype=dtype, device="meta")
-
-    query = empty(batch, length, heads, width).transpose(1, 2)
-    key, value = (empty(batch, length, kv_heads, width).transpose(1, 2) for _ in range(2))
     tensors: list[torch.Tensor | None] = [None] * 9
     if with_terms:
         parameter = torch.float32
         tensors = [
             empty(batch, 1, 1, length, dtype=torch.bool),
-            empty(1, heads, length, length),
+            empty(1, heads, length, length, dtype=dtype),
             empty(heads, 2 * length - 1, dtype=parameter),
             empty(heads, dtype=parameter),
             empty(heads, width, dtype=parameter),
@@ -97,10 +100,45 @@ def launch_everything(dtype: torch.dtype, width: int, with_terms: bool) -> None:
         ]
     options = (masks.UNBOUNDED, 0, 8.0, 2 if with_terms else 1)
     kernels = _library.triton_room("cosine_sim")
-    inputs = (query, key, value, *tensors)
-    out, lse = kernels.forward(*inputs, *options)
+    arguments = (*inputs(dtype, width), *tensors)
+    out, lse = kernels.forward(*arguments, *options)
     wanted = [True] * 3 + [with_terms] * 6
-    kernels.backward(empty(*out.shape), None, *inputs, out, lse, *options, wanted)
+    grad_out = empty(*out.shape, dtype=dtype)
+    kernels.backward(grad_out, None, *arguments, out, lse, *options, wanted)
+
+
+def launch_linear(dtype: torch.dtype, width: int, with_terms: bool) -> None:
+    """The same; with terms also a step, and without none that is divided."""
+    kernels = _library.triton_room("linear")
+    query, key, value = inputs(dtype, width)
+    feature_map = "taylor" if width <= 16 else "softplus" if with_terms else "identity"
+    features = 153 if feature_map == "taylor" else width
+    tensors: list[torch.Tensor | None] = [None] * 5
+    if with_terms:
+        tensors = [
+            empty(2, 1, 1, 1024, dtype=torch.bool),
+            empty(4, dtype=torch.float32),
+            empty(2, 4, features, width, dtype=torch.float32),
+            empty(2, 4, features, dtype=torch.float32),
+            None,
+        ]
+    options = (True, 1e-5 if with_terms else None, feature_map)
+    arguments = (query, key, value, *tensors)
+    out, denominator, *_ = kernels.forward(*arguments, *options)
+    of_results = (out, denominator) if with_terms else (None, None)
+    grad_out = empty(*out.shape, dtype=dtype)
+    wanted = [True] * 3 + [with_terms] * 2
+    kernels.backward(grad_out, None, None, *arguments, *of_results, *options, wanted)
+    if with_terms:
+        one = (x[:, :, :1] for x in (query, key, value))
+        kernels.step(*one, tensors[2], tensors[3], tensors[1], *options[1:])
+
+
+def check(compiled: list[tuple[str, Any]], capability: int) -> None:
+    for name, kernel in compiled:
+        shared, stack = kernel.metadata.shared, stack_bytes(kernel)
+        assert shared <= SHARED_MEMORY[capability], f"{name} takes {shared} bytes of shared memory"
+        assert stack <= STACK, f"{name} spills {stack} bytes per thread"
 
 
 @pytest.mark.parametrize(
@@ -115,17 +153,47 @@ def launch_everything(dtype: torch.dtype, width: int, with_terms: bool) -> None:
         (80, torch.bfloat16, 256, True),
     ],
 )
-def test_kernels_fit(
+def test_kernels_of_cosine_sim_fit(
     compiled: list[tuple[str, Any]],
     capability: int,
     dtype: torch.dtype,
     width: int,
     with_terms: bool,
 ) -> None:
-    launch_everything(dtype, width, with_terms)
+    launch_cosine_sim(dtype, width, with_terms)
     names = {name for name, _ in compiled}
     assert len(names) == (8 if with_terms else 6), names
-    for name, kernel in compiled:
-        shared, stack = kernel.metadata.shared, stack_bytes(kernel)
-        assert shared <= SHARED_MEMORY[capability], f"{name} takes {shared} bytes of shared memory"
-        assert stack <= STACK, f"{name} spills {stack} bytes per thread"
+    check(compiled, capability)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "with_terms"),
+    [
+        (90, torch.bfloat16, 64, False),
+        (90, torch.bfloat16, 128, False),
+        (90, torch.bfloat16, 128, True),
+        (90, torch.bfloat16, 16, True),
+        (90, torch.float32, 256, False),
+        (90, torch.float16, 128, True),
+        (80, torch.bfloat16, 128, True),
+        (80, torch.bfloat16, 256, False),
+    ],
+)
+def test_kernels_of_linear_fit(
+    compiled: list[tuple[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: int,
+    dtype: torch.dtype,
+    width: int,
+    with_terms: bool,
+) -> None:
+    from attn_ops.linear import triton_launches, triton_problem
+
+    described, segments = capability >= 90, 4 if with_terms else 1
+    monkeypatch.setattr(triton_problem, "has_descriptors", lambda device: described)
+    monkeypatch.setattr(triton_problem, "num_segments", lambda *sizes: segments)
+    monkeypatch.setattr(triton_launches, "shared_memory", lambda device: SHARED_MEMORY[capability])
+    launch_linear(dtype, width, with_terms)
+    names = {name for name, _ in compiled}
+    assert len(names) == (8 if with_terms else 3), names
+    check(compiled, capability)

@@ -1,0 +1,66 @@
+"""Tiles, warps and stages of the marches by dtype and width."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from attn_ops._triton.launch import shared_memory
+
+
+class Plan(NamedTuple):
+    """A program takes `chunk` tokens at a time, and keeps a part of the state.
+
+    That part is all features of so many value columns, or, where the result is as wide as the
+    features, so many features of all value columns.
+    """
+
+    chunk: int
+    columns: int
+    features: int
+    warps: int
+    stages: int
+
+
+def tile_width(width: int, dtype: torch.dtype) -> int:
+    """The width of the tile for `width` columns.
+
+    At least 64 in bfloat16: in Triton 3.6 products whose right operand has fewer, 64 or 32 bytes to
+    a row, come out wrong on Hopper (benchmarks/LOG.md).
+    """
+    return max(64 if dtype == torch.bfloat16 else 16, triton.next_power_of_2(width))
+
+
+def plan(
+    query: Tensor, inputs: int, features: int, values: int, described: bool, plain: bool
+) -> Plan:
+    """inputs, features, values: padded widths; taylor has more features than inputs.
+
+    described: tiles come through tensor descriptors, which need no registers for addresses.
+    plain: neither features nor decay.
+    """
+    large = shared_memory(query.device) >= 160 << 10
+    if query.dtype != torch.bfloat16:  # operands of 32 bits
+        if features > 128 or values > 128:
+            return Plan(16, 32, min(32, features), 8, 1)
+        return Plan(32, 32, min(32, features), 4, 1)
+    if features > inputs:
+        return Plan(32, 64, features, 8, 2 if large else 1)
+    if features > 128 or values > 128:
+        return Plan(64, 64, 64, 4 if described else 8, 2 if large else 1)
+    # A state of 128 x 128 takes half of the registers, and only the plain marches have so many.
+    width = 128 if described and plain else 64
+    stages = 4 if features <= 64 and values <= 64 else 3
+    return Plan(64, min(values, width), min(features, width), 4, stages if large else 1)
+
+
+def num_segments(programs: int, num_tokens: int, chunk: int, device: torch.device) -> int:
+    """Into how many segments a sequence is cut, so that every multiprocessor has a program."""
+    if device.type != "cuda":
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    longest = max(1, num_tokens // (8 * chunk))
+    return max(1, min(round(processors / max(1, programs)), longest))
