@@ -40,7 +40,7 @@ def plan(
     """inputs, features, values: padded widths; taylor has more features than inputs.
 
     described: tiles come through tensor descriptors, which need no registers for addresses.
-    plain: neither features nor decay.
+    plain: neither features nor decay, and no need of halves (see `halves_suffice`).
     """
     large = shared_memory(query.device) >= 160 << 10
     if query.dtype != torch.bfloat16:  # operands of 32 bits
@@ -57,10 +57,23 @@ def plan(
     return Plan(64, min(values, width), min(features, width), 4, stages if large else 1)
 
 
-def num_segments(programs: int, num_tokens: int, chunk: int, device: torch.device) -> int:
-    """Into how many segments a sequence is cut, so that every multiprocessor has a program."""
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
     if device.type != "cuda":
         return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def num_segments(programs: int, num_tokens: int, chunk: int, device: torch.device) -> int:
+    """Into how many segments a sequence is cut, so that every multiprocessor has a program."""
     longest = max(1, num_tokens // (8 * chunk))
-    return max(1, min(round(processors / max(1, programs)), longest))
+    return max(1, min(round(processors(device) / max(1, programs)), longest))
+
+
+def halves_suffice(programs: int, device: torch.device) -> bool:
+    """Whether two programs for each one give every multiprocessor its own, without segments.
+
+    Both halves of the value columns read the same queries and keys, one of them from the L2 cache;
+    segments read keys and values twice.
+    """
+    return round(processors(device) / max(1, 2 * programs)) == 1 and device.type == "cuda"

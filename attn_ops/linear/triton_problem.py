@@ -19,7 +19,7 @@ from attn_ops._triton.launch import dot_precision
 from attn_ops._triton.tiles import Strided
 from attn_ops.feature_maps import num_features
 from attn_ops.linear.triton_core import KeyMask, Walk
-from attn_ops.linear.triton_launches import num_segments, plan, tile_width
+from attn_ops.linear.triton_launches import halves_suffice, num_segments, plan, tile_width
 from attn_ops.linear.triton_sums import chunk_sums_kernel, scan_kernel, segment_states_kernel
 
 MAX_FEATURES = 256  # beyond, a state's rows do not fit a program's registers
@@ -105,6 +105,7 @@ class Problem:
         self.padded_features = tile_width(self.features, dtype)
         self.padded_value = tile_width(self.value_width, dtype)
         plain = self.feature_map == "identity" and decay is None
+        plain = plain and not halves_suffice(self.sequences * self.heads, self.query.device)
         self.plan = plan(
             self.query,
             self.padded_input,
