@@ -58,7 +58,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
             tiles.columns(out),
             denominator if normalized else None,
             final_state if state is not None and final is None else None,
-            length, *_slots(sums), p.eps if normalized else 0.0,
+            length, _slots(sums), p.eps if normalized else 0.0,
             **tiles.constants(length),
         )  # fmt: skip
     if state is None:
@@ -68,9 +68,9 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     return out, denominator, final_state, final_sum.view(p.key_sum.shape)
 
 
-def _slots(sums: Tensor | None) -> tuple[int, int]:
-    """Slots per head, and all of them."""
-    return (0, 0) if sums is None else (sums.shape[1], sums.shape[0] * sums.shape[1])
+def _slots(sums: Tensor | None) -> int:
+    """Slots per head."""
+    return 0 if sums is None else sums.shape[1]
 
 
 def _walk(p: Problem, tiles: Tiles, length: int, states: Tensor | None, spread: int = 0) -> Any:
@@ -156,7 +156,7 @@ def _grad_query(p: Problem, g: Tensor, d: Tensor | None) -> Tensor:
     p.launch(
         grad_query_kernel, _walk(p, tiles, length, states, p.query.shape[0]),
         tiles.columns(g), d, tiles.rows(p.query), tiles.rows(key), tiles.columns(value), p.mask,
-        p.decay, p.offsets, states, tiles.sums(sums), tiles.rows(grad), length, *_slots(sums),
+        p.decay, p.offsets, states, tiles.sums(sums), tiles.rows(grad), length, _slots(sums),
         **tiles.constants(length), BY_FEATURES=tiles.by_features,
     )  # fmt: skip
     return _added(grad, p.query)
@@ -220,7 +220,7 @@ def _grad_key_side(
             grad_key_value_kernel, _walk(p, tiles, length, states, p.key.shape[0]),
             tiles.columns(numerator), d, tiles.rows(query), tiles.rows(p.key),
             tiles.columns(p.value), p.mask, p.decay, p.offsets, states, tiles.sums(sums),
-            tiles.rows(key), tiles.columns(value), initial, length, *_slots(sums),
+            tiles.rows(key), tiles.columns(value), initial, length, _slots(sums),
             **tiles.constants(length), BY_FEATURES=tiles.by_features,
         )  # fmt: skip
     inputs = {"key": p.key, "value": p.value}

@@ -56,7 +56,7 @@ def grad_numerator_kernel(
 
 @triton.jit
 def grad_query_kernel(
-    g, d, q, k, v, mask, decay, offsets, state, sums, grad_q, num_tokens, slots, num_sums, walk,
+    g, d, q, k, v, mask, decay, offsets, state, sums, grad_q, num_tokens, slots, walk,
     FEATURES: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PD: tl.constexpr,
     PE: tl.constexpr, PF: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BY_FEATURES: tl.constexpr,
@@ -91,7 +91,7 @@ def grad_query_kernel(
             # One part of the columns adds what does not depend on them.
             grad_sum = load_per_token(d, row, num_tokens, first, end, C)
             grad_sum = tl.where(once, grad_sum, 0.0)
-            rows = load_sums(sums, slot, num_sums, feature, F, PF)
+            rows = load_sums(sums, slot, feature, F, PF)
             acc += product(in_column_0(grad_sum, C), rows, OPERAND, PRECISION)
         acc = since_begin(acc, rate, C)
         if k is not None:
@@ -130,7 +130,7 @@ def grad_query_kernel(
 @triton.jit
 def grad_key_value_kernel(
     g, d, q, k, v, mask, decay, offsets, grad_state, sums, grad_k, grad_v, grad_initial,
-    num_tokens, slots, num_sums, walk,
+    num_tokens, slots, walk,
     FEATURES: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PD: tl.constexpr,
     PE: tl.constexpr, PF: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, BY_FEATURES: tl.constexpr,
@@ -187,7 +187,7 @@ def grad_key_value_kernel(
             acc = product(values, tl.trans(running), OPERAND, PRECISION)
             if sums is not None:
                 ones = tl.where(once, tl.full([C], 1.0, tl.float32), 0.0)
-                rows = load_sums(sums, slot, num_sums, feature, F, PF)
+                rows = load_sums(sums, slot, feature, F, PF)
                 acc += product(in_column_0(ones, C), rows, OPERAND, PRECISION)
             acc = until_end(acc, rate, count, C)
             if q is not None:

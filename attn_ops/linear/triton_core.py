@@ -185,19 +185,19 @@ def store_state(
     tl.store(pointers, state, mask=inside)
 
 
-# The fewest rows of an operand that tensor cores take: of these tiles only row 0 is meant.
+# The fewest rows of an operand that tensor cores take: of these tiles only row 0 is not zero.
 ROWS = tl.constexpr(16)
 
 
 @triton.jit
-def load_sums(view, slot, slots, column, F: tl.constexpr, PF: tl.constexpr):
-    """[ROWS, PF] whose row 0 is entry `slot` of [slots, F], from `column` on."""
+def load_sums(view, slot, column, F: tl.constexpr, PF: tl.constexpr):
+    """[ROWS, PF] whose row 0 is entry `slot` of [slots, F], from `column` on; below are zeros."""
     if isinstance(view, tl.tensor_descriptor):
-        return view.load([slot.to(tl.int32), column])
+        return view.load([slot.to(tl.int32), 0, column]).reshape([ROWS, PF])
     else:
-        rows, columns = slot + tl.arange(0, ROWS)[:, None], column + tl.arange(0, PF)[None, :]
-        inside = (rows < slots) & (columns < F)
-        return tl.load(view + rows * F + columns, mask=inside, other=0.0)
+        rows, columns = tl.arange(0, ROWS)[:, None], column + tl.arange(0, PF)[None, :]
+        inside = (rows == 0) & (columns < F)
+        return tl.load(view + (slot + rows) * F + columns, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -210,12 +210,6 @@ def in_row_0(row, C: tl.constexpr):
 def in_column_0(column, C: tl.constexpr):
     """[C, ROWS] with `column` in front and zeros beside it: times `load_sums`, an outer product."""
     return tl.where((tl.arange(0, ROWS) == 0)[None, :], column[:, None], 0.0)
-
-
-@triton.jit
-def column_0(tile):
-    """[C] of [C, ROWS]."""
-    return tl.sum(tl.where((tl.arange(0, ROWS) == 0)[None, :], tile, 0.0), 1)
 
 
 # --- decay

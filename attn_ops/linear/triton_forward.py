@@ -7,7 +7,6 @@ import triton.language as tl
 
 from attn_ops.linear.triton_core import (
     ROWS,
-    column_0,
     features,
     first_slot,
     in_row_0,
@@ -33,7 +32,7 @@ from attn_ops.linear.triton_core import (
 @triton.jit
 def forward_kernel(
     q, k, v, mask, decay, offsets, state, sums, out, denominator, final_state, num_tokens, slots,
-    num_sums, eps, walk,
+    eps, walk,
     FEATURES: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PD: tl.constexpr,
     PE: tl.constexpr, PF: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -69,9 +68,9 @@ def forward_kernel(
             if sums is None:
                 rows = running_sum
             else:
-                rows = load_sums(sums, slot, num_sums, 0, F, PF)
+                rows = load_sums(sums, slot, 0, F, PF)
             seen_before = product(phi_q, tl.trans(rows), OPERAND, PRECISION)
-            total = column_0(since_begin(seen_before, rate, C)) + eps
+            total = tl.sum(since_begin(seen_before, rate, C), 1) + eps
         if k is not None:
             seen = exists
             if mask is not None:

@@ -71,9 +71,10 @@ def num_segments(programs: int, num_tokens: int, chunk: int, device: torch.devic
 
 
 def halves_suffice(programs: int, device: torch.device) -> bool:
-    """Whether two programs for each one give every multiprocessor its own, without segments.
+    """Whether two programs in place of one give every multiprocessor its own, without segments.
 
     Both halves of the value columns read the same queries and keys, one of them from the L2 cache;
     segments read keys and values twice.
     """
-    return round(processors(device) / max(1, 2 * programs)) == 1 and device.type == "cuda"
+    each = processors(device) / max(1, programs)
+    return round(each) > 1 and round(each / 2) == 1

@@ -6,6 +6,7 @@ F features, E value width, S packed sequences, G segments of a sequence, C token
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from attn_ops._triton.launch import dot_precision
 from attn_ops._triton.tiles import Strided
 from attn_ops.feature_maps import num_features
-from attn_ops.linear.triton_core import KeyMask, Walk
+from attn_ops.linear.triton_core import ROWS, KeyMask, Walk
 from attn_ops.linear.triton_launches import halves_suffice, num_segments, plan, tile_width
 from attn_ops.linear.triton_sums import chunk_sums_kernel, scan_kernel, segment_states_kernel
 
@@ -43,6 +44,22 @@ def describable(tensor: Tensor) -> bool:
     )
 
 
+SUM_ROWS = ROWS.value
+
+_bound = threading.local()
+
+
+def bind_context(device: torch.device) -> None:
+    """Gives this thread a CUDA context, once.
+
+    Descriptors are encoded by the driver, which does not do that, and the backward runs in threads
+    of autograd's in which nothing else may have been launched yet.
+    """
+    if device.type == "cuda" and device not in _bound.__dict__.setdefault("devices", set()):
+        torch.zeros(1, device=device)
+        _bound.devices.add(device)
+
+
 class Tiles(NamedTuple):
     """How a march divides a head: tiles of inputs, features and value columns, and their parts."""
 
@@ -62,11 +79,13 @@ class Tiles(NamedTuple):
         return self.problem.tiles(tensor, self.width)
 
     def sums(self, tensor: Tensor | None) -> Any:
-        """The kernel argument for `chunk_sums`: 16 slots, of which the first is meant."""
+        """The kernel argument for `chunk_sums`."""
         if tensor is None or not (self.problem.described and describable(tensor)):
             return tensor
         slots, width = tensor.shape[0] * tensor.shape[1], tensor.shape[2]
-        return TensorDescriptor(tensor, [slots, width], [width, 1], [16, self.features])
+        # Rows of a dimension of one: all but the first are outside, and zeros.
+        block = [1, SUM_ROWS, self.features]
+        return TensorDescriptor(tensor, [slots, 1, width], [width, width, 1], block)
 
     def constants(self, length: int) -> dict[str, Any]:
         """The constants of a kernel with a state."""
@@ -99,6 +118,8 @@ class Problem:
             and self.width * self.query.element_size() % 16 == 0
             and self.value_width * self.query.element_size() % 16 == 0
         )
+        if self.described:
+            bind_context(self.query.device)
         extended = self.width + (self.feature_map == "taylor")
         dtype = self.query.dtype
         self.padded_input = tile_width(extended, dtype)
