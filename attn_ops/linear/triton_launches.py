@@ -35,11 +35,18 @@ def tile_width(width: int, dtype: torch.dtype) -> int:
 
 
 def plan(
-    query: Tensor, inputs: int, features: int, values: int, described: bool, plain: bool
+    query: Tensor,
+    inputs: int,
+    features: int,
+    values: int,
+    hopper: bool,
+    described: bool,
+    plain: bool,
 ) -> Plan:
     """inputs, features, values: padded widths; taylor has more features than inputs.
 
-    described: tiles come through tensor descriptors, which need no registers for addresses.
+    hopper: operands come out of shared memory. described: tiles come through tensor descriptors,
+        which need no registers for addresses.
     plain: neither features nor decay, and no need of halves (see `halves_suffice`).
     """
     large = shared_memory(query.device) >= 160 << 10
@@ -49,6 +56,9 @@ def plan(
         return Plan(32, 32, min(32, features), 4, 1)
     if features > inputs:
         return Plan(32, 64, features, 8, 2 if large else 1)
+    if not hopper:
+        wide = features > 128 or values > 128
+        return Plan(32, 32, 32, 8, 2) if wide else Plan(32, 64, 64, 4, 2)
     if features > 128 or values > 128:
         return Plan(64, 64, 64, 4 if described else 8, 2 if large else 1)
     # A state of 128 x 128 takes half of the registers, and only the plain marches have so many.

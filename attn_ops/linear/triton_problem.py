@@ -27,7 +27,7 @@ MAX_FEATURES = 256  # beyond, a state's rows do not fit a program's registers
 
 
 def has_descriptors(device: torch.device) -> bool:
-    """Whether tiles can be fetched by the tensor memory accelerator: Hopper and later."""
+    """Whether the device fetches tiles by descriptors: Hopper and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
@@ -132,6 +132,7 @@ class Problem:
             self.padded_input,
             self.padded_features,
             self.padded_value,
+            has_descriptors(self.query.device),
             self.described,
             plain,
         )

@@ -157,6 +157,7 @@ Tensor new_gradient(const Tensor& grad_out, const OptionalTensor& input, bool wa
                     View& target) {
   if (!wanted || !input.has_value()) return new_empty(grad_out, {0});
   Tensor gradient = new_empty(*input, input->sizes());
+  if (grad_out.size(1) == 0) torch::stable::zero_(gradient);  // no head walks over the keys
   target = view(gradient);
   return gradient;
 }
@@ -199,7 +200,7 @@ Five backward(const Tensor& grad_out, const OptionalTensor& grad_final_state,
               new_gradient(grad_out, value, output_mask[2], g.value),
               new_gradient(grad_out, state, output_mask[3], g.state),
               new_gradient(grad_out, key_sum, output_mask[4], g.key_sum)};
-  run_backward(p, g);
+  if (p.H > 0) run_backward(p, g);
   return result;
 }
 
