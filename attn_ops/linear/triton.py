@@ -203,8 +203,6 @@ def _grad_key_side(
         grads["key"] = _new_gradient(p, p.key, 1 if tiles.by_features else tiles.parts)
     if "value" in wanted:
         grads["value"] = _new_gradient(p, p.value, 1)
-    if "state" in wanted:
-        grads["state"] = torch.empty(p.state.shape, dtype=torch.float32, device=g.device)
     initial = None
     if "state" in wanted:
         if before is None:
