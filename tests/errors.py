@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.exc import TorchRuntimeError
 
 ERRORS = (ValueError, TypeError, NotImplementedError)
 Cases = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
@@ -15,6 +16,39 @@ Cases = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
 
 def case(*args: Any, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, options
+
+
+def ones(*sizes: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.ones(sizes, dtype=dtype, device=device)
+
+
+def layout_cases(q: Tensor, k: Tensor, v: Tensor, merged: tuple[Tensor, ...]) -> Cases:
+    """Query, key and value that do not fit each other; q [2, 4, M, 8], k [2, 2, 7, 8], v alike."""
+    return {
+        "query of rank 2": case(q[0, 0], k, v),
+        "query of integers": case(q.int(), k, v),
+        "query of complex numbers": case(q.to(torch.complex64), k, v),
+        "query sparse": case(q.to_sparse(), k, v),
+        "query nested": case(torch.nested.nested_tensor([q[0], q[1]]), k, v),
+        "query too wide": case(ones(*q.shape[:3], 257), ones(2, 2, 7, 257), v),
+        "query of width 0": case(ones(*q.shape[:3], 0), ones(2, 2, 7, 0), v),
+        "key of rank 2": case(q, ones(7, 8), v),
+        "key of rank 4 beside a merged query": case(merged[0], k, v),
+        "value of rank 4 beside a merged query": case(*merged[:2], v),
+        "key of another dtype": case(q, k.half(), v),
+        "key on another device": case(q, k.to("meta"), v),
+        "key of another width": case(q, ones(2, 2, 7, 16), v),
+        "key of another batch size": case(q, ones(3, 2, 7, 8), ones(3, 2, 7, 6)),
+        "key broadcast over the batch": case(q, ones(1, 2, 7, 8), ones(1, 2, 7, 6)),
+        "heads that do not divide": case(q, ones(2, 3, 7, 8), ones(2, 3, 7, 6)),
+        "key of no heads": case(q, ones(2, 0, 7, 8), ones(2, 0, 7, 6)),
+        "value of another rank than key": case(q, ones(2, 7, 8), v),
+        "value of another dtype": case(q, k, v.double()),
+        "value of another batch size": case(q, k, ones(3, 2, 7, 6)),
+        "value of another length": case(q, k, ones(2, 2, 8, 6)),
+        "value of other heads": case(q, k, ones(2, 4, 7, 6)),
+        "value too wide": case(q, k, ones(2, 2, 7, 300)),
+    }
 
 
 def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> Exception:
@@ -31,6 +65,17 @@ def described(name: str, error: Exception) -> str:
 def texts(function: Callable[..., Any], cases: Cases) -> str:
     errors = {name: error_of(function, *args, **kw) for name, (args, kw) in cases.items()}
     return "\n".join(described(name, error) for name, error in errors.items())
+
+
+def assert_compiling_raises_the_same_words(
+    op: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    expected = error_of(op, *args, **options)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *args: op(*args, **options), backend="eager")
+    with pytest.raises((TorchRuntimeError, *ERRORS)) as caught:
+        compiled(*args)
+    assert str(expected).split(", got")[0] in str(caught.value)
 
 
 OTHER_DTYPES = (

@@ -31,8 +31,8 @@ def strided(tensor: Tensor) -> Strided:
 def padded(width: int, dtype: torch.dtype) -> int:
     """The width of the tile that holds `width` columns: a power of two that `tl.dot` takes.
 
-    16-bit tiles are at least 64 wide: on an H200 with Triton 3.6, products with tiles of 16 columns
-    have read outside of shared memory.
+    16-bit tiles are at least 64 wide: compiled by Triton 3.6 for Hopper, products whose right
+    operand has fewer columns come out wrong or read outside of shared memory (benchmarks/LOG.md).
     """
     return max(16 if dtype == torch.float32 else 64, triton.next_power_of_2(width))
 

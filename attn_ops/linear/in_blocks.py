@@ -20,8 +20,7 @@ from attn_ops.linear import reference, reference_backward
 
 BLOCK = 256
 _FORWARD = "query key value mask decay state key_sum offsets causal eps feature_map".split()
-# The tensors that have a gradient, those of the private backward first.
-GRADS = "query key value state key_sum decay".split()
+GRADS = "query key value state key_sum".split()  # what the private backward returns, in order
 Step = tuple[int, int, int, int]  # queries first..last, keys first..last
 
 
@@ -55,7 +54,7 @@ def backward_formula(*values: Any) -> tuple[Tensor, ...]:
     results = _gradients(grads, (*inputs, *options), wanted)
     return tuple(
         values[0].new_empty(0) if grad is None else grad
-        for grad in (results[_FORWARD.index(name)] for name in GRADS[:5])
+        for grad in (results[_FORWARD.index(name)] for name in GRADS)
     )
 
 
@@ -144,7 +143,7 @@ def _backward(
     dtype = args["query"].dtype
     with torch.autocast(values[0].device.type, enabled=False):
         steps, carried = list(_steps(args)), [_initial_state(args)]
-        for step in steps:
+        for step in steps[:-1]:  # nothing comes after the last one
             results = reference.forward(**(_of_step(args, step) | carried[-1]))
             with_state = carried[-1]["state"] is not None
             after = {"state": results[2], "key_sum": results[3]}
@@ -155,7 +154,7 @@ def _backward(
             if args[name] is not None
         }
         grad_carried: dict[str, Tensor | None] = {"state": grads[1], "key_sum": grads[2]}
-        for step, before in zip(reversed(steps), reversed(carried[:-1])):
+        for step, before in zip(reversed(steps), reversed(carried)):
             block = _of_step(args, step) | before
             grad_out = grads[0][:, :, step[0] : step[1]].to(dtype)  # type: ignore[index]
             of_block = reference_backward.backward(block, grad_out, *grad_carried.values())
@@ -169,9 +168,8 @@ def _backward(
     for name, grad in grad_carried.items():
         if name in totals and grad is not None:
             totals[name] += grad
-    return {
-        name: total.to(dict(zip(_FORWARD, values))[name].dtype) for name, total in totals.items()
-    }
+    inputs = dict(zip(_FORWARD, values))
+    return {name: total.to(inputs[name].dtype) for name, total in totals.items()}
 
 
 def backward(*values: Any) -> tuple[Tensor, ...]:
@@ -179,7 +177,7 @@ def backward(*values: Any) -> tuple[Tensor, ...]:
     grads, inputs, options, output_mask = values[:3], values[3:11], values[13:16], values[16]
     wanted = [name for name, needed in zip(GRADS, output_mask) if needed]
     results = _backward(grads, (*inputs, *options), wanted)
-    return tuple(results.get(name, values[0].new_empty(0)) for name in GRADS[:5])
+    return tuple(results.get(name, values[0].new_empty(0)) for name in GRADS)
 
 
 def grad_decay(*values: Any) -> Tensor:

@@ -237,6 +237,10 @@ def _forward_backward(
     return tuple(grads)
 
 
+# Of the private backward and of the op for the decay: three gradients, and the forward's arguments.
+_DIFFERENTIABLE_TWICE = (0, 1, 2, *(i + 3 for i in (0, 1, 2, _DECAY, 5, 6)))
+
+
 def _save(num_tensors: int) -> Any:
     def save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
         ctx.options = args[num_tensors:]
@@ -249,18 +253,18 @@ def _save(num_tensors: int) -> Any:
 def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
     # out and denominator take no part: the formula computes them again.
     args = (*ctx.saved_tensors, *ctx.options)
-    places = (0, 1, 2, 3, 4, 5, 7, 8, 9)
-    return _autograd.vjp_of_formula(in_blocks.backward_formula, args, cotangents, places)
+    return _autograd.vjp_of_formula(
+        in_blocks.backward_formula, args, cotangents, _DIFFERENTIABLE_TWICE
+    )
 
 
 def _grad_decay_backward(ctx: Any, cotangent: Tensor | None) -> list[Tensor | None]:
     args = (*ctx.saved_tensors, *ctx.options)
-    places = (0, 1, 2, 3, 4, 5, 7, 8, 9)
 
     def formula(*args: Any) -> tuple[Tensor]:
         return (in_blocks.grad_decay_formula(*args),)
 
-    return _autograd.vjp_of_formula(formula, args, (cotangent,), places)
+    return _autograd.vjp_of_formula(formula, args, (cotangent,), _DIFFERENTIABLE_TWICE)
 
 
 _autograd.differentiable("_linear_fwd", _save_forward, _forward_backward, in_blocks.forward_formula)

@@ -84,8 +84,6 @@ def _walk(p: Problem, tiles: Tiles, length: int, states: Tensor | None, spread: 
 
 # --- backward
 
-GRADS = ("query", "key", "value", "state", "key_sum")
-
 
 def backward(*args: Any) -> tuple[Tensor, ...]:
     """`attn::_linear_bwd`: five gradients, of size [0] where the output mask says no."""
@@ -94,9 +92,9 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
     p = Problem((*inputs, *args[13:16]), grad_out)
     if p.features > MAX_FEATURES:
         return in_blocks.backward(*args)
-    wanted = {name for name, wants in zip(GRADS, output_mask) if wants}
+    wanted = {name for name, wants in zip(in_blocks.GRADS, output_mask) if wants}
     with torch.cuda.device_of(p.query):
-        g, d = _grad_numerator(p, grad_out, *args[11:13])
+        g, d = _grad_numerator(grad_out, *args[11:13])
         if d is None and grad_key_sum is not None:
             d = torch.zeros(p.query.shape[:3], dtype=torch.float32, device=p.query.device)
         grads: dict[str, Tensor] = {}
@@ -104,11 +102,11 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
             grads["query"] = _grad_query(p, g, d)
         if wanted - {"query"}:
             grads |= _grad_key_side(p, g, d, grad_state, grad_key_sum, wanted)
-    return tuple(grads[n] if n in wanted else grad_out.new_empty(0) for n in GRADS)
+    return tuple(grads[n] if n in wanted else grad_out.new_empty(0) for n in in_blocks.GRADS)
 
 
 def _grad_numerator(
-    p: Problem, grad_out: Tensor, out: Tensor | None, denominator: Tensor | None
+    grad_out: Tensor, out: Tensor | None, denominator: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of what was divided, and of what it was divided by."""
     if out is None or denominator is None:

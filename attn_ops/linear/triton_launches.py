@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from attn_ops._triton.launch import shared_memory
@@ -23,15 +22,6 @@ class Plan(NamedTuple):
     features: int
     warps: int
     stages: int
-
-
-def tile_width(width: int, dtype: torch.dtype) -> int:
-    """The width of the tile for `width` columns.
-
-    At least 64 in bfloat16: in Triton 3.6 products whose right operand has fewer, 64 or 32 bytes to
-    a row, come out wrong on Hopper (benchmarks/LOG.md).
-    """
-    return max(64 if dtype == torch.bfloat16 else 16, triton.next_power_of_2(width))
 
 
 def plan(

@@ -17,10 +17,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attn_ops._triton.launch import dot_precision
-from attn_ops._triton.tiles import Strided
+from attn_ops._triton.tiles import padded, strided
 from attn_ops.feature_maps import num_features
 from attn_ops.linear.triton_core import ROWS, KeyMask, Walk
-from attn_ops.linear.triton_launches import halves_suffice, num_segments, plan, tile_width
+from attn_ops.linear.triton_launches import halves_suffice, num_segments, plan
 from attn_ops.linear.triton_sums import chunk_sums_kernel, scan_kernel, segment_states_kernel
 
 MAX_FEATURES = 256  # beyond, a state's rows do not fit a program's registers
@@ -121,10 +121,12 @@ class Problem:
         if self.described:
             bind_context(self.query.device)
         extended = self.width + (self.feature_map == "taylor")
-        dtype = self.query.dtype
-        self.padded_input = tile_width(extended, dtype)
-        self.padded_features = tile_width(self.features, dtype)
-        self.padded_value = tile_width(self.value_width, dtype)
+        # What tiles become before they are multiplied: a float16 loses nothing in tf32.
+        bfloat16 = self.query.dtype == torch.bfloat16
+        self.operand = torch.bfloat16 if bfloat16 else torch.float32
+        self.padded_input = padded(extended, self.operand)
+        self.padded_features = padded(self.features, self.operand)
+        self.padded_value = padded(self.value_width, self.operand)
         plain = self.feature_map == "identity" and decay is None
         plain = plain and not halves_suffice(self.sequences * self.heads, self.query.device)
         self.plan = plan(
@@ -158,7 +160,7 @@ class Problem:
         if tensor is None:
             return None
         if not self.described:
-            return Strided(tensor, *tensor.stride())
+            return strided(tensor)
         # A dimension of size 1 may have any stride, also one that a descriptor refuses.
         strides = [s if n > 1 else 16 for n, s in zip(tensor.shape[:-1], tensor.stride())]
         block = [1, 1, self.plan.chunk, width]
@@ -166,7 +168,6 @@ class Problem:
 
     def constants(self, length: int) -> dict[str, Any]:
         """The constants of a kernel that walks sequences of this many tokens."""
-        bfloat16 = self.query.dtype == torch.bfloat16
         half = self.query.dtype == torch.float16
         return {
             "FEATURES": self.feature_map,
@@ -174,8 +175,7 @@ class Problem:
             "F": self.features,
             "C": self.plan.chunk,
             "EVEN": self.offsets is None and length % self.plan.chunk == 0,
-            "OPERAND": tl.bfloat16 if bfloat16 else tl.float32,
-            # A float16 loses nothing in tf32.
+            "OPERAND": tl.bfloat16 if self.operand == torch.bfloat16 else tl.float32,
             "PRECISION": "tf32" if half else dot_precision(),
         }
 
@@ -264,18 +264,17 @@ class Problem:
         segments = 1 if self.offsets is not None else max(1, chunks)
         walk = self.walk(length, x.shape[1], 1, segments=segments)
         self.launch(
-            chunk_sums_kernel, walk, Strided(x, *x.stride()), coefficient, mask,
+            chunk_sums_kernel, walk, strided(x), coefficient, mask,
             self.decay, self.offsets, sums, length, sums.shape[1], **self.constants(length),
             PD=self.padded_input, PF=self.padded_features, REVERSE=reverse,
         )  # fmt: skip
-        operand = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         if not self.causal and self.offsets is None:
             total = sums[:, :chunks].sum(1)
-            return total.unsqueeze(1).to(operand), total
-        seen, final = self._scan(sums, initial, length, chunk, reverse, operand)
+            return total.unsqueeze(1).to(self.operand), total
+        seen, final = self._scan(sums, initial, length, chunk, reverse, self.operand)
         if not self.causal:
             # [S*H, F] -> [H, S, F]: one slot per sequence of a head
-            seen = final.unflatten(0, (self.sequences, -1)).transpose(0, 1).to(operand)
+            seen = final.unflatten(0, (self.sequences, -1)).transpose(0, 1).to(self.operand)
         return seen.contiguous(), final
 
     def num_slots(self, length: int) -> int:

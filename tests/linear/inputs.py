@@ -1,12 +1,8 @@
 """Legal arguments for the tests of errors, which then make one of them wrong."""
 
 import torch
-from torch import Tensor
 
-
-def ones(*sizes: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    return torch.ones(sizes, dtype=dtype, device=device)
-
+from tests.errors import ones
 
 Q, K, V = ones(2, 4, 7, 8), ones(2, 2, 7, 8), ones(2, 2, 7, 6)
 MERGED = (ones(4, 7, 8), ones(4, 7, 8), ones(4, 7, 6))

@@ -7,8 +7,8 @@ import torch
 from expecttest import assert_expected_inline
 
 from attn_ops import linear_attention, linear_attention_step, linear_attention_with_state
-from tests.errors import case, error_of, texts
-from tests.linear.inputs import KEY_SUM, PACKED, STATE, TOKEN, TRUE, K, Q, V, ones
+from tests.errors import case, error_of, ones, texts
+from tests.linear.inputs import KEY_SUM, PACKED, STATE, TOKEN, TRUE, K, Q, V
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "normalize a number": {"normalize": 1},

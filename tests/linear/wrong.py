@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tests.errors import Cases, case
+from tests.errors import Cases, case, layout_cases, ones
 from tests.linear.inputs import (
     KEY_SUM,
     MERGED,
@@ -15,34 +15,10 @@ from tests.linear.inputs import (
     K,
     Q,
     V,
-    ones,
 )
 
 # Of all three ops, but for the lengths of a step.
-SHARED = {
-    "query of rank 2": case(ones(7, 8), K, V),
-    "query of integers": case(Q.int(), K, V),
-    "query of complex numbers": case(Q.to(torch.complex64), K, V),
-    "query sparse": case(Q.to_sparse(), K, V),
-    "query nested": case(torch.nested.nested_tensor([Q[0], Q[1]]), K, V),
-    "query too wide": case(ones(2, 4, 7, 257), ones(2, 2, 7, 257), V),
-    "query of width 0": case(ones(2, 4, 7, 0), ones(2, 2, 7, 0), V),
-    "key of rank 2": case(Q, ones(7, 8), V),
-    "key of rank 4 beside a merged query": case(MERGED[0], K, V),
-    "value of rank 4 beside a merged query": case(*MERGED[:2], V),
-    "key of another dtype": case(Q, K.half(), V),
-    "key on another device": case(Q, K.to("meta"), V),
-    "key of another width": case(Q, ones(2, 2, 7, 16), V),
-    "key of another batch size": case(Q, ones(3, 2, 7, 8), ones(3, 2, 7, 6)),
-    "key broadcast over the batch": case(Q, ones(1, 2, 7, 8), ones(1, 2, 7, 6)),
-    "heads that do not divide": case(Q, ones(2, 3, 7, 8), ones(2, 3, 7, 6)),
-    "key of no heads": case(Q, ones(2, 0, 7, 8), ones(2, 0, 7, 6)),
-    "value of another rank than key": case(Q, ones(2, 7, 8), V),
-    "value of another dtype": case(Q, K, V.double()),
-    "value of another batch size": case(Q, K, ones(3, 2, 7, 6)),
-    "value of another length": case(Q, K, ones(2, 2, 8, 6)),
-    "value of other heads": case(Q, K, ones(2, 4, 7, 6)),
-    "value too wide": case(Q, K, ones(2, 2, 7, 300)),
+SHARED = layout_cases(Q, K, V, MERGED) | {
     "mask of floats": case(Q, K, V, mask=ones(2, 7)),
     "mask of rank 4": case(Q, K, V, mask=TRUE.expand(2, 1, 1, 7)),
     "mask of another length": case(Q, K, V, mask=TRUE.expand(2, 8)),
