@@ -1,6 +1,9 @@
-"""Builds attn_ops/lib/libattn_ops.so from csrc/; all metadata is in pyproject.toml.
+"""Builds the libraries of attn_ops/lib from csrc/; all metadata is in pyproject.toml.
 
-The library uses LibTorch's stable ABI and no Python symbols, so one build serves every Python and
+libattn_ops.so has the C++ sources. libattn_ops_cuda.so has the CUDA sources; it is built where nvcc
+is found (NVCC, CUDA_HOME or PATH) and torch is a CUDA build, or where ATTN_OPS_CUDA=1 asks for it.
+
+A library uses LibTorch's stable ABI and no Python symbols, so one build serves every Python and
 every torch >= 2.11, and it is loaded with torch.ops.load_library. It needs the headers of an
 installed torch, which a build in isolation does not see: type
 
@@ -30,6 +33,7 @@ except ImportError as error:  # pip does not look at build-system.requires witho
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "attn_ops/lib/libattn_ops.so"
+CUDA_LIBRARY = "attn_ops/lib/libattn_ops_cuda.so"
 OLDEST_TORCH = (2, 11)
 
 # -ffp-contract: multiplications and additions become FMA also in ISO C++. -fno-math-errno: sqrt
@@ -37,7 +41,13 @@ OLDEST_TORCH = (2, 11)
 COMPILE = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wall"]
 # Vectors are passed between inlined functions only; their calling convention does not matter.
 COMPILE += ["-Wno-psabi", "-Wno-ignored-attributes", "-fvisibility=hidden"]
-COMPILE += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+COMPILE += STABLE_ABI
+
+# Machine code for the A100's and the H100's families, and PTX for what comes after.
+GPUS = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+COMPILE_CUDA = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", *STABLE_ABI, *GPUS]
+COMPILE_CUDA += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 def torch_folder() -> Path:
@@ -49,10 +59,14 @@ def torch_folder() -> Path:
             " `pip install --no-build-isolation .`"
         )
     folder = Path(spec.submodule_search_locations[0])
-    found = re.search(r"'(\d+)\.(\d+)[^']*'", (folder / "version.py").read_text())
+    found = re.search(r"'(\d+)\.(\d+)[^']*'", version_text(folder))
     if found is None or (int(found[1]), int(found[2])) < OLDEST_TORCH:
         raise SystemExit(f"torch>=2.11 is needed, found {found[0] if found else folder}")
     return folder
+
+
+def version_text(torch: Path) -> str:
+    return (torch / "version.py").read_text()
 
 
 def compiler() -> list[str]:
@@ -88,22 +102,45 @@ def write_if_changed(file: Path, text: str) -> Path:
     return file
 
 
-def compile_objects(folder: Path, torch: Path) -> list[Path]:
-    """Objects of csrc/**/*.cpp and of the schemas; only those older than a source are compiled."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = sorted((ROOT / "csrc").rglob("*.cpp"))
-    sources.append(write_if_changed(folder / "schemas.cpp", schema_source()))
-    shared = [Path(__file__), *(ROOT / "csrc").rglob("*.h")]
-    newest_shared = max(file.stat().st_mtime for file in shared)
-    includes = [f"-I{ROOT / 'csrc'}", "-isystem", str(torch / "include")]
-    command = [*compiler(), *COMPILE, *includes, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+def nvcc(torch: Path) -> str | None:
+    """The CUDA compiler if the CUDA library is wanted."""
+    wanted = os.environ.get("ATTN_OPS_CUDA")
+    if wanted == "0" or (not wanted and "cuda: Optional[str] = None" in version_text(torch)):
+        return None
+    home = os.environ.get("CUDA_HOME")
+    found = os.environ.get("NVCC") or shutil.which("nvcc", path=home and f"{home}/bin")
+    if found is None and wanted:
+        raise SystemExit("ATTN_OPS_CUDA is set and no nvcc is found (set NVCC or CUDA_HOME)")
+    return found
+
+
+def cpu_sources(folder: Path) -> list[Path]:
+    """csrc/**/*.cpp and the schemas."""
+    schemas = write_if_changed(folder / "schemas.cpp", schema_source())
+    return [*sorted((ROOT / "csrc").rglob("*.cpp")), schemas]
+
+
+def compile_objects(
+    command: list[str], sources: list[Path], folder: Path, torch: Path
+) -> list[Path]:
+    """Objects of the sources; only those older than their source or a header are compiled."""
+
+    def newest(*patterns: str) -> float:
+        shared = [
+            Path(__file__),
+            *(f for pattern in patterns for f in (ROOT / "csrc").rglob(pattern)),
+        ]
+        return max(file.stat().st_mtime for file in shared)
+
+    newest_shared = {".cpp": newest("*.h"), ".cu": newest("*.h", "*.cuh")}
+    command = [*command, f"-I{ROOT / 'csrc'}", "-isystem", str(torch / "include")]
 
     def compile_one(source: Path) -> Path:
         inside = source.is_relative_to(ROOT / "csrc")
         name = "_".join(source.relative_to(ROOT / "csrc").parts) if inside else source.name
         target = folder / f"{name}.o"
-        newest = max(newest_shared, source.stat().st_mtime)
-        if not target.exists() or target.stat().st_mtime < newest:
+        changed = max(newest_shared[source.suffix], source.stat().st_mtime)
+        if not target.exists() or target.stat().st_mtime < changed:
             partial = target.with_suffix(".partial")
             subprocess.run([*command, "-c", str(source), "-o", str(partial)], check=True)
             partial.replace(target)
@@ -113,24 +150,24 @@ def compile_objects(folder: Path, torch: Path) -> list[Path]:
         return list(pool.map(compile_one, sources))
 
 
-def link(objects: list[Path], target: Path, torch: Path) -> None:
+def link(command: list[str], objects: list[Path], target: Path, torch: Path) -> None:
     """Written beside the target and renamed: a process that has the old file open keeps it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         partial = Path(folder) / target.name
-        command = [*compiler(), "-shared", *map(str, objects), "-o", str(partial)]
-        command += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-        command += shlex.split(os.environ.get("LDFLAGS", ""))
-        subprocess.run(command, check=True)
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+        flags = [*libraries, *shlex.split(os.environ.get("LDFLAGS", ""))]
+        objects_and_target = [*map(str, objects), "-o", str(partial)]
+        subprocess.run([*command, "-shared", *objects_and_target, *flags], check=True)
         partial.replace(target)
 
 
 class BuildLibrary(build_ext):
-    """Builds the library in place of extension modules. CUDA sources would be a second library."""
+    """Builds the libraries in place of extension modules."""
 
-    def library(self) -> Path:
+    def target(self, library: str) -> Path:
         in_source = self.inplace or getattr(self, "editable_mode", False)
-        return (ROOT if in_source else Path(self.build_lib)) / LIBRARY
+        return (ROOT if in_source else Path(self.build_lib)) / library
 
     def run(self) -> None:
         try:
@@ -139,11 +176,30 @@ class BuildLibrary(build_ext):
         except SystemExit as reason:
             print(f"attn_ops is installed without its C++ library: {reason}", file=sys.stderr)
             return
-        objects = compile_objects(Path(self.build_temp).resolve(), torch)
-        link(objects, self.library(), torch)
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [*compiler(), *COMPILE, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        objects = compile_objects(command, cpu_sources(folder), folder, torch)
+        link(compiler(), objects, self.target(LIBRARY), torch)
+        cuda_compiler = nvcc(torch)
+        if cuda_compiler is not None:
+            self.build_cuda(cuda_compiler, folder / "cuda", torch)
+
+    def build_cuda(self, compiler: str, folder: Path, torch: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        sources = [*sorted((ROOT / "csrc").rglob("*.cu")), ROOT / "csrc/common/checks.cpp"]
+        try:
+            objects = compile_objects([compiler, *COMPILE_CUDA], sources, folder, torch)
+            # Its names of libtorch_cuda are found when it is loaded: a CPU build of torch has none.
+            link([compiler], objects, self.target(CUDA_LIBRARY), torch)
+        except subprocess.CalledProcessError as error:
+            if os.environ.get("ATTN_OPS_CUDA"):
+                raise
+            print(f"attn_ops is installed without its CUDA library: {error}", file=sys.stderr)
 
     def get_outputs(self) -> list[str]:
-        return [str(self.library())] if self.library().exists() else []
+        targets = (self.target(library) for library in (LIBRARY, CUDA_LIBRARY))
+        return [str(target) for target in targets if target.exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -16,11 +16,11 @@ from torch.utils.cpp_extension import include_paths
 COMMON = ["-Icsrc", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 COMMON += [flag for path in include_paths() for flag in ("-isystem", path)]
 COMMON += ["-O1", "-c", "-o", "/dev/null"]
-GPUS = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ("80", "90a")]
+GPUS = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ("80", "90")]
 
 # compiler, files, flags
 TARGETS = (
-    ("nvcc", "*.cu", ["-std=c++20", "-DUSE_CUDA", *GPUS]),
+    ("nvcc", "*.cu", ["-std=c++20", "-DUSE_CUDA", "--expt-relaxed-constexpr", *GPUS]),
     ("aarch64-linux-gnu-g++", "*.cpp", ["-std=c++17"]),
     ("clang++", "*.cpp", ["-std=c++17", "-Wno-bitwise-conditional-parentheses"]),
 )

@@ -7,6 +7,8 @@ Python defines the very same lines, and the references serve.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -17,6 +19,7 @@ import torch
 
 PACKAGE = Path(__file__).parent
 NATIVE_LIBRARY = PACKAGE / "lib" / "libattn_ops.so"
+CUDA_LIBRARY = PACKAGE / "lib" / "libattn_ops_cuda.so"
 
 loaded_libraries: list[str] = []
 library_error: str | None = None
@@ -75,6 +78,28 @@ def decompose(op: str, function: Callable[..., Any]) -> None:
 def fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the fake implementation (shapes and dtypes only) of `attn::op`."""
     return torch.library.register_fake(f"attn::{op}", lib=_library)
+
+
+@functools.cache
+def load_cuda_library() -> str | None:
+    """Loads the CUDA kernels, at the first CUDA call; returns what stands in the way, or None."""
+    if os.environ.get("ATTN_OPS_NO_NATIVE"):
+        return "switched off by the environment variable ATTN_OPS_NO_NATIVE"
+    if not CUDA_LIBRARY.exists():
+        return (
+            "the CUDA library was not built: install nvcc, then "
+            "`pip install --no-build-isolation --force-reinstall --no-deps` this package"
+        )
+    folder = Path(torch.__file__).parent / "lib"
+    try:
+        # The library names no CUDA library of torch, so that one build serves every torch.
+        for name in ("libc10_cuda.so", "libtorch_cuda.so"):
+            ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:
+        return f"{CUDA_LIBRARY.name} does not load: {error}"
+    loaded_libraries.append(str(CUDA_LIBRARY))
+    return None
 
 
 def triton_room(room: str) -> Any:
