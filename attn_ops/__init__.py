@@ -1,6 +1,6 @@
 """Attention that is not softmax of dot products, visible to PyTorch's compiler."""
 
-from attn_ops import feature_maps
+from attn_ops import _late, feature_maps
 from attn_ops.cosine_sim import cosine_sim_attention, l2_normalize
 from attn_ops.linear import (
     linear_attention,
@@ -17,3 +17,5 @@ __all__ = [
     "linear_attention_step",
     "linear_attention_with_state",
 ]
+
+_late.install()
