@@ -1,6 +1,6 @@
 """Attention that is not softmax of dot products, visible to PyTorch's compiler."""
 
-from attn_ops import _late, feature_maps
+from attn_ops import _late, checkpointing, feature_maps
 from attn_ops.cosine_sim import cosine_sim_attention, l2_normalize
 from attn_ops.linear import (
     linear_attention,
@@ -10,6 +10,7 @@ from attn_ops.linear import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "checkpointing",
     "cosine_sim_attention",
     "feature_maps",
     "l2_normalize",
