@@ -26,7 +26,7 @@ class FinishKeys {
         T* gain = grads_.key_gain ? gain_.get() + i * p_.D : nullptr;
         if (gain != nullptr) std::fill(gain, gain + p_.D, T(0));
         for (int64_t n = i % tasks_ * kTask; n < end; ++n) {
-          if (grads_.value) finish_value(i / tasks_, n, rows.get());
+          if (grads_.value) partials_.finish_value(i / tasks_, n, rows.get());
           if (grads_.key || grads_.key_gain) finish_key(i / tasks_, n, rows.get(), gain);
         }
       }
@@ -35,24 +35,9 @@ class FinishKeys {
   }
 
  private:
-  // row = sum over the parts of row n of the accumulators.
-  void add_parts(T* row, const T* sums, int64_t size, int64_t n, int64_t width) const {
-    for (int64_t part = 0; part < partials_.schedule.parts; ++part, sums += size) {
-      for (int64_t d = 0; d < width; ++d) {
-        const T term = sums[(d / kPanel<T> * partials_.key_rows + n) * kPanel<T> + d % kPanel<T>];
-        row[d] = part == 0 ? term : row[d] + term;
-      }
-    }
-  }
-
-  void finish_value(int64_t kv_head, int64_t n, T* row) const {
-    add_parts(row, partials_.value_sum(kv_head, 0), partials_.value_size, n, p_.E);
-    store_row(grads_.value, (kv_head * p_.N + n) * p_.E, row, p_.E);
-  }
-
   void finish_key(int64_t kv_head, int64_t n, T* grad, T* gain_sum) const {
     T* plain = grad + kRowPitch;
-    add_parts(grad, partials_.key_sum(kv_head, 0), partials_.key_size, n, p_.D);
+    partials_.add_parts(grad, partials_.key_sum(kv_head, 0), partials_.key_size, n, p_.D);
     load_padded(plain, p_.key, kv_head / p_.Hk, kv_head % p_.Hk, n, p_.D);
     if (!parameters_.key_gain.empty()) {
       T* normalized = plain + kRowPitch;
@@ -78,36 +63,19 @@ class FinishKeys {
 };
 
 template <class T>
-void run_backward_task(Backward<T>& worker, const Problem& p, const Partials<T>& partials,
-                       int64_t task) {
-  const Schedule& s = partials.schedule;
-  const int64_t part = task % s.parts;
-  const int64_t head_set = task / s.parts % s.head_sets;
-  const int64_t batch_set = task / s.parts / s.head_sets;
-  const int64_t group = p.H / p.Hk;
-  for (int64_t b = batch_set * s.batches; b < (batch_set + 1) * s.batches; ++b) {
-    for (int64_t k = head_set * s.kv_heads; k < (head_set + 1) * s.kv_heads; ++k) {
-      partials.clear(b * p.Hk + k, part);
-      for (int64_t h = k * group; h < (k + 1) * group; ++h) {
-        // Every parts-th block: parts of a causal head cost about the same.
-        for (int64_t block = part; block < s.blocks; block += s.parts) {
-          worker.run(QueryBlock(p, b, h, block * s.block_size, s.block_size), part);
-        }
-      }
-    }
-  }
-}
-
-template <class T>
 void backward(const Problem& p, const Gradients& grads) {
   const Parameters<T> parameters(p);
   const PackedKeys<T> keys(p, parameters, /*backward=*/true);
-  const Partials<T> partials(p, grads, Wanted(grads).key);
+  const Partials<T> partials(p, grads, wanted(grads).key);
+  const int64_t blocks = partials.schedule.blocks;
+  const RowSums<T> row_sums(p, grads, blocks);
   run_tasks(partials.schedule.tasks(), [&](TaskQueue& queue) {
-    Backward<T> worker(p, grads, parameters, keys, partials);
-    for (int64_t i; (i = queue.next()) >= 0;) run_backward_task(worker, p, partials, i);
+    Backward<T> worker(p, grads, parameters, keys, partials, row_sums);
+    for (int64_t i; (i = queue.next()) >= 0;) run_backward_task(worker, partials, i);
   });
   partials.finish_parameters();
+  partials.add_up(grads.head_scale, row_sums.scale.get(), p.H, blocks, 1, 1);
+  partials.add_up(grads.query_gain, row_sums.gain.get(), p.H, blocks, p.D, p.D);
   FinishKeys<T>(p, grads, parameters, partials).run();
 }
 

@@ -12,30 +12,32 @@ template <class T>
 constexpr double kSafeExponent = sizeof(T) == 8 ? 900 : 64;
 
 template <class T>
-class Forward {
+class Forward : SoftmaxRows<T> {
+  using SoftmaxRows<T>::row_;
+  using SoftmaxRows<T>::sums_;
+  using SoftmaxRows<T>::weights_;
+
  public:
   Forward(const Problem& p, const Parameters<T>& parameters, const PackedKeys<T>& keys)
-      : p_(p),
+      : SoftmaxRows<T>(p, parameters),
+        p_(p),
         parameters_(parameters),
         keys_(keys),
-        out_panels_(round_up(p.E, kPanel<T>) / kPanel<T>),
-        query_(kQueryBlock * kRowPitch),
-        weights_(kQueryBlock * kRowPitch),
-        out_(kQueryBlock * round_up(p.E, kPanel<T>)),
-        sums_(kQueryBlock * Simd<T>::lanes),
-        row_(kRowPitch) {}
+        query_(kQueryBlock * kRowPitch) {}
 
   void run(const QueryBlock& q) {
     load_queries(q);
-    std::fill(out_.get(), out_.get() + q.tiles * out_panels_ * kTileSize<T>, T(0));
-    std::fill(sums_.get(), sums_.get() + kQueryBlock * Simd<T>::lanes, T(0));
+    this->clear_rows(q);
+    const T* values = keys_.value_rows.get() + q.kv_head * keys_.rows_size(p_.E);
     for_each_key_block<T>(q, [&](KeyBlock<T> keys) {
       multiply_keys(q, keys);
-      if (!bounded_) soften_rows(q, keys);
+      if (!bounded_) this->soften_rows(q, keys);
       if (bounded_ && p_.mask) mask_rows(q, keys);
-      multiply_values(q, keys);
+      this->multiply_values(q, keys, values, keys_.padded);
     });
-    for (int64_t r = 0; r < q.rows; ++r) finish_row(q, r);
+    for (int64_t r = 0; r < q.rows; ++r) {
+      this->finish_row(q, r, bounded_ ? shift_ / kLog2E : double{this->row_max_[r]});
+    }
   }
 
  private:
@@ -50,7 +52,6 @@ class Forward {
         std::fill(row, row + p_.D, T(0));
       }
       largest = std::max(largest, dot(row, row, p_.D));
-      row_max_[r] = -std::numeric_limits<T>::infinity();
     }
     const T scale = parameters_.scale[q.head];
     const double bound =
@@ -132,121 +133,18 @@ class Forward {
     }
   }
 
-  // Scores of the block to weights relative to the running maximum of their row.
-  void soften_rows(const QueryBlock& q, KeyBlock<T> keys) {
-    for (int64_t tile = 0; tile < q.tiles; ++tile) {
-      const Interval panels = keys.panels(q, tile);
-      for (int64_t r = tile * kTileRows; r < (tile + 1) * kTileRows; ++r) {
-        T* row = weights_.get() + r * kRowPitch;
-        const int64_t begin = std::max(q.begin[r] - keys.first, panels.begin);
-        const int64_t end = std::min(q.end[r] - keys.first, panels.end);
-        if (r >= q.rows || begin >= end) {
-          std::fill(row + panels.begin, row + panels.end, T(0));
-          continue;
-        }
-        hide_outside(row, panels.begin, panels.end, begin, end);
-        if (p_.has_extras()) {
-          add_extras(row + begin, row_.get(), p_, parameters_, q, q.first + r, keys.first + begin,
-                     keys.first + end);
-        }
-        soften_row(row, panels, r);
-      }
-    }
-  }
-
-  void soften_row(T* row, Interval panels, int64_t r) {
-    constexpr int lanes = Simd<T>::lanes;
-    Vec<T> largest = splat<T>(row_max_[r]);
-    for (int64_t i = panels.begin; i < panels.end; i += lanes) {
-      largest = maximum<T>(load(row + i), largest);
-    }
-    const T new_max = horizontal_max<T>(largest);
-    if (new_max == -std::numeric_limits<T>::infinity()) {  // subtracting it would give NaN
-      std::fill(row + panels.begin, row + panels.end, T(0));
-      return;
-    }
-    rescale_row(r, row_max_[r], new_max);
-    row_max_[r] = new_max;
-    Vec<T> sum = load(sums_.get() + r * lanes);
-    for (int64_t i = panels.begin; i < panels.end; i += lanes) {
-      const Vec<T> weight =
-          exp2_flushed<T>((load(row + i) - splat<T>(new_max)) * splat<T>(T(kLog2E)));
-      store<T>(row + i, weight);
-      sum += weight;
-    }
-    store<T>(sums_.get() + r * lanes, sum);
-  }
-
-  void rescale_row(int64_t r, T old_max, T new_max) {
-    if (old_max == new_max || old_max == -std::numeric_limits<T>::infinity()) return;
-    const Vec<T> factor = splat<T>(std::exp(old_max - new_max));
-    T* sums = sums_.get() + r * Simd<T>::lanes;
-    store<T>(sums, load(sums) * factor);
-    for (int64_t panel = 0; panel < out_panels_; ++panel) {
-      T* out = out_row(r, panel);
-      for (int v = 0; v < kPanel<T>; v += Simd<T>::lanes) {
-        store<T>(out + v, load(out + v) * factor);
-      }
-    }
-  }
-
-  void multiply_values(const QueryBlock& q, KeyBlock<T> keys) {
-    const T* values = keys_.value_rows.get() + q.kv_head * keys_.rows_size(p_.E);
-    for (int64_t panel = 0; panel < out_panels_; ++panel) {
-      const T* right = values + (panel * keys_.padded + keys.first) * kPanel<T>;
-      for (int64_t tile = 0; tile < q.tiles; ++tile) {
-        const Interval panels = keys.panels(q, tile);
-        accumulate<kRowPitch, 1>(out_row(tile * kTileRows, panel),
-                                 weights_.get() + tile * kTileRows * kRowPitch + panels.begin,
-                                 right + panels.begin * kPanel<T>, panels.end - panels.begin);
-      }
-    }
-  }
-
-  // Panel of one row of the accumulator [tile][panel][row of tile][kPanel].
-  T* out_row(int64_t r, int64_t panel) const {
-    return out_.get() + (r / kTileRows * out_panels_ + panel) * kTileSize<T> +
-           r % kTileRows * kPanel<T>;
-  }
-
-  void finish_row(const QueryBlock& q, int64_t r) {
-    const Total total(bounded_ ? shift_ / kLog2E : double{row_max_[r]},
-                      horizontal_sum<T>(load(sums_.get() + r * Simd<T>::lanes)),
-                      parameters_.sink[q.head]);
-    const int64_t index = (q.batch * p_.H + q.head) * p_.M + q.first + r;
-    static_cast<T*>(p_.lse.data)[index] = static_cast<T>(total.lse);
-    for (int64_t panel = 0; panel < out_panels_; ++panel) {
-      const T* out = out_row(r, panel);
-      for (int e = 0; e < kPanel<T>; ++e) {
-        row_.get()[panel * kPanel<T> + e] = out[e] * static_cast<T>(total.factor);
-      }
-    }
-    store_row(p_.out, index * p_.E, row_.get(), p_.E);
-  }
-
   const Problem& p_;
   const Parameters<T>& parameters_;
   const PackedKeys<T>& keys_;
-  int64_t out_panels_;
-  Scratch<T> query_, weights_, out_, sums_, row_;
-  T row_max_[kQueryBlock];
+  Scratch<T> query_;
   bool bounded_ = false;
   T shift_ = 0;
 };
 
-// Smaller blocks where there would be fewer than two per thread.
-inline int64_t query_block_size(const Problem& p) {
-  int64_t size = kQueryBlock;
-  while (size > 2 * kTileRows && p.B * p.H * ((p.M + size - 1) / size) < 2 * num_threads()) {
-    size = size / 2 / kTileRows * kTileRows;
-  }
-  return size;
-}
-
 template <class T>
 void forward(const Problem& p) {
   const Parameters<T> parameters(p);
-  if (has_few_queries(p)) return forward_few_queries(p, parameters);
+  if (has_few_queries(p)) return run_few_queries<FewQueries<T>>(p, p, parameters);
   const PackedKeys<T> keys(p, parameters, /*backward=*/false);
   const int64_t size = query_block_size(p);
   const int64_t blocks = (p.M + size - 1) / size;

@@ -9,24 +9,15 @@
 
 #include "common/isa_begin.h"
 
-#include "common/simd.h"
-
-#include "common/convert.h"
-#include "common/tiles.h"
-
-#include "common/rows.h"
+#include "common/attention_kernels.h"
 
 #include "cosine_sim/pack.h"
 
 #include "cosine_sim/normalize.h"
 
-#include "cosine_sim/block.h"
-
 #include "cosine_sim/few_queries.h"
 
 #include "cosine_sim/forward.h"
-
-#include "cosine_sim/partials.h"
 
 #include "cosine_sim/backward.h"
 

@@ -1,45 +1,25 @@
 // One call of attn::_cosine_sim_fwd or _bwd as the kernels see it. The law and the shapes are in
 // attn_ops/cosine_sim/reference.py.
-//
-// B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width, E value width.
 #pragma once
 
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "common/attention.h"
 #include "common/parallel.h"
-#include "common/view.h"
-#include "common/visibility.h"
 
 namespace attn::cosine_sim {
 
-struct Problem {
-  int64_t B, H, Hk, M, N, D, E;
+struct Problem : AttentionProblem {
   int64_t groups;  // 0: query and key are taken as they are
   double scale;
-  Visibility visible;
-  View query, key, value;
-  View mask;                  // bool [B,H,M,N], broadcast by strides
-  View bias;                  // [B,H,M,N], broadcast by strides
-  View relative_bias;         // [H,M+N-1]
-  View head_scale, sink;      // [H]
+  View head_scale;            // [H]
   View query_gain, key_gain;  // [H,D], [Hk,D]
-  View out, lse;              // [B,H,M,E], [B,H,M]
-
-  // Anything that is added to scores, -inf for what an element mask hides.
-  bool has_extras() const { return mask || bias || relative_bias; }
 };
 
-// What the backward reads and writes besides. An absent gradient is not wanted.
-struct Gradients {
-  View grad_out, grad_lse;
-  View query, key, value;
-  View bias;  // compute dtype, zeroed, contiguous, stride 0 where bias is broadcast
-  int64_t bias_size = 0;
-  // Whether the gradient of bias is summed over a dimension.
-  bool sum_over_batch = false, sum_over_heads = false, sum_over_queries = false;
-  View relative_bias, head_scale, query_gain, key_gain, sink;
+struct Gradients : AttentionGradients {
+  View head_scale, query_gain, key_gain;  // zeroed
 };
 
 // The kernels of one instruction set.

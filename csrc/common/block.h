@@ -1,7 +1,7 @@
-// What forward and backward share about a block of queries against a block of keys.
+// A block of queries against a block of keys.
 #pragma once
 
-namespace attn::cosine_sim::ATTN_ISA {
+namespace attn::ATTN_ISA {
 
 constexpr int kQueryBlock = 96;
 static_assert(kQueryBlock % kTileRows == 0);
@@ -9,6 +9,15 @@ static_assert(kQueryBlock % kTileRows == 0);
 // Keys per block: whole panels and, for the products over queries, whole tile rows.
 template <class T>
 constexpr int kKeyBlock = 256 / std::lcm(kTileRows, kPanel<T>) * std::lcm(kTileRows, kPanel<T>);
+
+// Smaller blocks where there would be fewer than two per thread.
+inline int64_t query_block_size(const AttentionProblem& p) {
+  int64_t size = kQueryBlock;
+  while (size > 2 * kTileRows && p.B * p.H * ((p.M + size - 1) / size) < 2 * num_threads()) {
+    size = size / 2 / kTileRows * kTileRows;
+  }
+  return size;
+}
 
 // Queries [first, first + rows) of one head. Rows are processed kTileRows at a time; the last ones
 // of the last tile may be padding, which repeats the interval of the last query.
@@ -18,7 +27,7 @@ struct QueryBlock {
   int64_t begin[kQueryBlock];  // visible keys of each row
   int64_t end[kQueryBlock];
 
-  QueryBlock(const Problem& p, int64_t batch, int64_t head, int64_t first, int64_t size)
+  QueryBlock(const AttentionProblem& p, int64_t batch, int64_t head, int64_t first, int64_t size)
       : batch(batch), head(head), kv_head(batch * p.Hk + head / (p.H / p.Hk)), first(first) {
     rows = std::min(size, p.M - first);
     tiles = (rows + kTileRows - 1) / kTileRows;
@@ -62,70 +71,6 @@ ATTN_INLINE void for_each_key_block(const QueryBlock& q, const Body& body) {
   }
 }
 
-// row[i] = hidden where mask[i * stride] is false.
-template <class T>
-ATTN_INLINE void mask_row(T* row, const bool* mask, int64_t stride, int64_t count, T hidden) {
-  constexpr int lanes = Simd<T>::lanes;
-  typedef uint8_t Bytes __attribute__((vector_size(lanes)));
-  int64_t i = 0;
-  for (; stride == 1 && i + lanes <= count; i += lanes) {
-    Bytes bytes;
-    __builtin_memcpy(&bytes, mask + i, sizeof(bytes));
-    const IVec<T> keep = __builtin_convertvector(bytes, IVec<T>) != 0;
-    store<T>(row + i, keep ? load(row + i) : splat<T>(hidden));
-  }
-  for (; i < count; ++i) row[i] = mask[i * stride] ? row[i] : hidden;
-}
-
-template <class T>
-void hide_masked(T* row, const Problem& p, const QueryBlock& q, int64_t query, int64_t begin,
-                 int64_t end, T hidden) {
-  const int64_t* stride = p.mask.stride;
-  const bool* mask = static_cast<const bool*>(p.mask.data) + q.batch * stride[0] +
-                     q.head * stride[1] + query * stride[2] + begin * stride[3];
-  mask_row(row, mask, stride[3], end - begin, hidden);
-}
-
-// row[n] += what bias, relative bias and mask say about keys [begin, end) of one query;
-// scratch has room for as many elements.
-template <class T>
-void add_extras(T* row, T* scratch, const Problem& p, const Parameters<T>& parameters,
-                const QueryBlock& q, int64_t query, int64_t begin, int64_t end) {
-  const int64_t count = end - begin;
-  if (p.bias) {
-    const int64_t* stride = p.bias.stride;
-    load_row(scratch, p.bias,
-             q.batch * stride[0] + q.head * stride[1] + query * stride[2] + begin * stride[3],
-             stride[3], count);
-    for (int64_t i = 0; i < count; ++i) row[i] += scratch[i];
-  }
-  if (p.relative_bias) {
-    const T* offsets =
-        parameters.relative_bias.data() + q.head * (p.M + p.N - 1) + (begin - query + p.M - 1);
-    for (int64_t i = 0; i < count; ++i) row[i] += offsets[i];
-  }
-  if (p.mask) {
-    hide_masked(row, p, q, query, begin, end, -std::numeric_limits<T>::infinity());
-  }
-}
-
-// The end of a row whose weights exp(score - shift) add up to sum: its lse, and what its
-// accumulated values are multiplied with. A sink is one more weight without a value.
-struct Total {
-  double lse, factor;
-
-  Total(double shift, double sum, double sink) {
-    constexpr double hidden = -std::numeric_limits<double>::infinity();
-    lse = sum > 0 ? shift + std::log(sum) : hidden;
-    factor = sum > 0 ? 1 / sum : 0;
-    if (sink == hidden) return;
-    const double larger = std::max(lse, sink);
-    const double with_sink = larger + std::log(std::exp(lse - larger) + std::exp(sink - larger));
-    factor *= std::exp(lse - with_sink);
-    lse = with_sink;
-  }
-};
-
 // Hides the keys of row [begin, end) that lie outside of [visible_begin, visible_end).
 template <class T>
 ATTN_INLINE void hide_outside(T* row, int64_t begin, int64_t end, int64_t visible_begin,
@@ -135,4 +80,4 @@ ATTN_INLINE void hide_outside(T* row, int64_t begin, int64_t end, int64_t visibl
   for (int64_t i = std::max(visible_end, begin); i < end; ++i) row[i] = hidden;
 }
 
-}  // namespace attn::cosine_sim::ATTN_ISA
+}  // namespace attn::ATTN_ISA
