@@ -2,6 +2,7 @@
 
 from attn_ops import _late, checkpointing, feature_maps
 from attn_ops.cosine_sim import cosine_sim_attention, l2_normalize
+from attn_ops.l1 import l1_attention, l1_scores
 from attn_ops.linear import (
     linear_attention,
     linear_attention_step,
@@ -13,6 +14,8 @@ __all__ = [
     "checkpointing",
     "cosine_sim_attention",
     "feature_maps",
+    "l1_attention",
+    "l1_scores",
     "l2_normalize",
     "linear_attention",
     "linear_attention_step",

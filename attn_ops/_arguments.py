@@ -6,6 +6,7 @@ E value width, S packed sequences.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +14,17 @@ from torch import Tensor
 
 from attn_ops import masks
 from attn_ops._checks import (
+    check_bool,
     check_broadcastable,
     check_dense,
     check_device,
     check_floating,
+    check_int,
     check_like_query,
     check_parameter,
     check_rank,
     check_shape,
+    check_tensor,
     check_width,
     compute_dtype,
     fail,
@@ -117,6 +121,33 @@ def fold(
         right,
         merged,
     )
+
+
+def check_types(op: str, query: object, key: object, value: object, **options: object) -> None:
+    """What an op's schema would refuse as a RuntimeError, or would read off a tensor.
+
+    options: those of `fold`, and optional tensors of the op's own.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(op, name, tensor)
+    for name, option in options.items():
+        if name == "causal":
+            check_bool(op, name, option)
+        elif name == "window":
+            check_int(op, name, option, optional=True)
+        else:
+            check_tensor(op, name, option, optional=True)
+
+
+def check_scale(op: str, scale: float, query: Tensor) -> None:
+    """A finite number; to the compiler it may be a symbol, which has no value yet."""
+    if not isinstance(scale, float):
+        return
+    if not math.isfinite(scale):
+        raise fail(op, "scale", "be finite", scale)
+    dtype = compute_dtype(query.dtype)
+    if abs(scale) > torch.finfo(dtype).max:
+        raise fail(op, "scale", f"be finite in {dtype}", scale)
 
 
 def fold_layout(

@@ -98,6 +98,16 @@ def check_tensor(op: str, argument: str, value: object, *, optional: bool = Fals
         raise TypeError(f"{op}: {argument} must be a Tensor{or_none}, got {type(value).__name__}")
 
 
+def check_bool(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {argument} must be a bool, got {type(value).__name__}")
+
+
+def check_text(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {argument} must be a str, got {type(value).__name__}")
+
+
 def check_int(op: str, argument: str, value: object, *, optional: bool = False) -> None:
     if value is None and optional:
         return

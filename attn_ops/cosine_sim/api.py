@@ -7,14 +7,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from attn_ops._arguments import check_types
 from attn_ops._checks import (
+    check_bool,
     check_device,
     check_floating,
     check_int,
     check_number,
     check_rank,
     check_shape,
-    check_tensor,
 )
 
 
@@ -143,27 +144,26 @@ def cosine_sim_attention(
     Transformer V2, 2022 (learned temperature per head).
     """
     op = "cosine_sim_attention"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(op, name, tensor)
-    if isinstance(scale, Tensor):
-        head_scale, scale = _per_head(op, scale, head_scale, query), 1.0
     options: dict[str, Any] = {
         "causal": causal,
-        "normalize": normalize,
-        "groups": groups,
         "relative_bias": relative_bias,
         "window": window,
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "sink": sink,
-        "head_scale": head_scale,
         "query_gain": query_gain,
         "key_gain": key_gain,
     }
-    _check_types(op, mask, bias, scale, options)
+    check_types(op, query, key, value, mask=mask, bias=bias, head_scale=head_scale, **options)
+    check_bool(op, "normalize", normalize)
+    check_int(op, "groups", groups)
+    if isinstance(scale, Tensor):
+        head_scale, scale = _per_head(op, scale, head_scale, query), 1.0
+    options |= {"normalize": normalize, "groups": groups, "head_scale": head_scale}
     # The compiler would read a default of 8.0 off this function as a symbolic float, and trace
     # again when the op makes it a number; the op's own default is a number from the start.
     if scale is not None:
+        check_number(op, "scale", scale)
         options["scale"] = scale
     if return_lse:
         return torch.ops.attn.cosine_sim_with_lse(query, key, value, mask, bias, **options)
@@ -181,21 +181,6 @@ def _per_head(op: str, scale: Tensor, head_scale: Tensor | None, query: Tensor) 
     check_shape(op, "scale", scale, (heads,), "[H]")
     if head_scale is None:
         return scale
-    check_tensor(op, "head_scale", head_scale)
     check_device(op, "head_scale", head_scale, query)
     check_shape(op, "head_scale", head_scale, (heads,), "[H]")
     return scale * head_scale
-
-
-def _check_types(op: str, mask: Any, bias: Any, scale: Any, options: dict[str, Any]) -> None:
-    """What the op's schema would refuse as a RuntimeError, or would read off a tensor."""
-    for name, value in {"mask": mask, "bias": bias, **options}.items():
-        if name in ("causal", "normalize"):
-            if not isinstance(value, bool):
-                raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
-        elif name in ("groups", "window"):
-            check_int(op, name, value, optional=name == "window")
-        else:
-            check_tensor(op, name, value, optional=True)
-    if scale is not None:
-        check_number(op, "scale", scale)

@@ -3,23 +3,20 @@
 The public ops check their arguments and fold them (masks.py, _arguments.py); compiled graphs keep
 the private ones. schemas.txt has the schemas.
 
-What the private ops read, beside query, key and value [B, H, M, D], [B, Hk, N, D], [B, Hk, N, E]:
-  mask bool, bias [B, H, M, N], each size 1 or full; relative_bias [H, M+N-1]; head_scale, sink [H];
-  query_gain [H, D]; key_gain [Hk, D]; start, stop [1 or B, M]; left, right: the band of masks.py;
+What the private ops read beside the shared arguments (see _softmax_ops.py):
+  head_scale [H]; query_gain [H, D]; key_gain [Hk, D];
   groups: 0 takes query and key as they are, else the number of slices that are normalised.
-All outputs are contiguous.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attn_ops import _autograd, _library, _vmap
-from attn_ops._arguments import fold
+from attn_ops import _autograd, _library, _softmax_ops
+from attn_ops._arguments import check_scale, fold
 from attn_ops._checks import (
     check_floating,
     check_parameter,
@@ -29,15 +26,10 @@ from attn_ops._checks import (
     fail,
     shape,
 )
-from attn_ops.cosine_sim import in_blocks
+from attn_ops.cosine_sim.in_blocks import ATTENTION
 from attn_ops.cosine_sim.normalize import unit_slices
 
 _library.define("cosine_sim")
-
-# Arguments of the private forward: 12 tensors, then left, right, scale, groups.
-_NUM_TENSORS = 12
-# Its differentiable tensors, in the order in which the private backward returns their gradients.
-_DIFFERENTIABLE = (0, 1, 2, 4, 5, 6, 7, 8, 9)
 
 
 def _attention(
@@ -78,8 +70,7 @@ def _attention(
     parameters = (bias, relative_bias, sink, head_scale, query_gain, key_gain)
     _autograd.check_forward_mode(op, query, key, value, *parameters)
     heads = args.query.shape[1]
-    if isinstance(scale, float):
-        _check_scale(op, scale, args.query)
+    check_scale(op, scale, args.query)
     _check_groups(op, groups, args.query.shape[3])
     if not normalize and (query_gain is not None or key_gain is not None):
         name = "key_gain" if query_gain is None else "query_gain"
@@ -130,14 +121,6 @@ def _cosine_sim_with_lse(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return _attention("cosine_sim_with_lse", *args, **kwargs)
 
 
-def _check_scale(op: str, scale: float, query: Tensor) -> None:
-    if not math.isfinite(scale):
-        raise fail(op, "scale", "be finite", scale)
-    dtype = compute_dtype(query.dtype)
-    if abs(scale) > torch.finfo(dtype).max:
-        raise fail(op, "scale", f"be finite in {dtype}", scale)
-
-
 def _check_groups(op: str, groups: int, width: int) -> None:
     if groups < 1 or width % groups != 0:
         raise fail(op, "groups", f"be at least 1 and divide D={width}", groups)
@@ -156,118 +139,15 @@ _library.decompose("cosine_sim", _cosine_sim)
 _library.decompose("cosine_sim_with_lse", _cosine_sim_with_lse)
 
 
-# --- shapes
-
-
-@_library.fake("_cosine_sim_fwd")
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, num_queries, _width = query.shape
-    out = query.new_empty(batch, heads, num_queries, value.shape[3])
-    return out, query.new_empty(batch, heads, num_queries, dtype=compute_dtype(query.dtype))
-
-
-@_library.fake("_cosine_sim_bwd")
-def _(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    query, output_mask = args[0], args[-1]
-    inputs = [args[i] for i in _DIFFERENTIABLE]
-    return tuple(
-        x.new_empty(x.shape) if needed else query.new_empty(0)
-        for x, needed in zip(inputs, output_mask, strict=True)
-    )
-
-
-# --- derivatives
-
-
-def _save_forward(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*args[:_NUM_TENSORS], *output)
-    ctx.options = args[_NUM_TENSORS:]
-    ctx.set_materialize_grads(False)
-
-
-def _forward_backward(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * (_NUM_TENSORS + len(ctx.options))
-    if grad_out is None and grad_lse is None:
-        return tuple(grads)
-    needed = _autograd.needed(ctx)
-    output_mask = [needed[i] for i in _DIFFERENTIABLE]
-    results = torch.ops.attn._cosine_sim_bwd(
-        torch.zeros_like(out) if grad_out is None else grad_out,
-        grad_lse,
-        *tensors,
-        out,
-        lse,
-        *ctx.options,
-        output_mask,
-    )
-    for i, result, need in zip(_DIFFERENTIABLE, results, output_mask, strict=True):
-        grads[i] = result if need else None
-    return tuple(grads)
-
-
-# The backward op is a function of grad_out, grad_lse, the forward's tensors, out and lse.
-_BACKWARD_DIFFERENTIABLE = (0, 1, *(i + 2 for i in _DIFFERENTIABLE), 14, 15)
-
-
-def _save_backward(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = args[16:]
-    ctx.save_for_backward(*args[:16])
-    ctx.set_materialize_grads(False)
-
-
-def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
-    args = (*ctx.saved_tensors, *ctx.options)
-    return _autograd.vjp_of_formula(
-        in_blocks.backward_formula, args, cotangents, _BACKWARD_DIFFERENTIABLE
-    )
-
-
-_autograd.differentiable(
-    "_cosine_sim_fwd", _save_forward, _forward_backward, in_blocks.forward_formula
-)
-_autograd.differentiable(
-    "_cosine_sim_bwd", _save_backward, _backward_backward, in_blocks.backward_formula
-)
-
-
-# --- batching: where the heads stand in every tensor
-
-_FORWARD_PLACES = (
-    *[_vmap.BATCH_HEADS] * 3,  # query, key, value
-    *[_vmap.SCORES] * 2,  # mask, bias
-    *[_vmap.HEADS] * 5,  # relative_bias, head_scale, query_gain, key_gain, sink
-    *[_vmap.NOWHERE] * 2,  # start, stop
-)
-_vmap.register("_cosine_sim_fwd", _FORWARD_PLACES, [_vmap.BATCH_HEADS] * 2)
-_vmap.register(
-    "_cosine_sim_bwd",
-    (*[_vmap.BATCH_HEADS] * 2, *_FORWARD_PLACES, *[_vmap.BATCH_HEADS] * 2),
-    [_FORWARD_PLACES[i] for i in _DIFFERENTIABLE],
-    gradient_of=[i + 2 for i in _DIFFERENTIABLE],
-)
-
-
 # --- kernels
 
 
-def _forward_cuda(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    if query.dtype == torch.float64:
-        return in_blocks.forward(query, *args)
-    return _library.triton_room("cosine_sim").forward(query, *args)
+def _forward_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    return _library.triton_room("cosine_sim").forward(*args)
 
 
-def _backward_cuda(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    if args[1].dtype == torch.float64:
-        return in_blocks.backward(grad_out, *args)
-    return _library.triton_room("cosine_sim").backward(grad_out, *args)
+def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return _library.triton_room("cosine_sim").backward(*args)
 
 
-for _op, _blocks, _cuda in (
-    ("_cosine_sim_fwd", in_blocks.forward, _forward_cuda),
-    ("_cosine_sim_bwd", in_blocks.backward, _backward_cuda),
-):
-    _library.implement(_op, _blocks, "CompositeExplicitAutograd")
-    _library.implement(_op, _cuda, "CUDA")
+_softmax_ops.register("cosine_sim", ATTENTION, _forward_cuda, _backward_cuda)

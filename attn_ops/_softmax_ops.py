@@ -1,0 +1,146 @@
+"""The private forward and backward of a softmax-like room: fakes, derivatives, batching, kernels.
+
+What the private ops read, beside query, key and value [B, H, M, D], [B, Hk, N, D], [B, Hk, N, E]:
+  mask bool, bias [B, H, M, N], each size 1 or full; relative_bias [H, M+N-1]; sink [H];
+  start, stop [1 or B, M]; left, right: the band of masks.py; and what the room adds.
+All outputs are contiguous: out in query's dtype, lse [B, H, M] in the dtype of sums.
+
+The backward takes grad_out, grad_lse, the tensors of the forward, out, lse, the options of the
+forward and which gradients are needed; it returns those gradients, and tensors of size [0].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_ops import _autograd, _library, _vmap
+from attn_ops._checks import compute_dtype
+from attn_ops._in_blocks import InBlocks
+
+_PLACES = {
+    "query": _vmap.BATCH_HEADS,
+    "key": _vmap.BATCH_HEADS,
+    "value": _vmap.BATCH_HEADS,
+    "mask": _vmap.SCORES,
+    "bias": _vmap.SCORES,
+    "start": _vmap.NOWHERE,
+    "stop": _vmap.NOWHERE,
+}
+
+
+class PrivateOps:
+    """`attn::_room_fwd` and `attn::_room_bwd`, whose schemas say all that differs among rooms."""
+
+    def __init__(self, room: str, blocks: InBlocks) -> None:
+        self.forward, self.backward = f"_{room}_fwd", f"_{room}_bwd"
+        self.blocks = blocks
+        schemas = [
+            getattr(torch.ops.attn, op).default._schema for op in (self.forward, self.backward)
+        ]
+        # The tensors come first, the options after them.
+        self.tensors = [a.name for a in schemas[0].arguments if "Tensor" in str(a.type)]
+        # The differentiable ones, in the order of the backward's results.
+        self.differentiable = [
+            self.tensors.index(r.name.removeprefix("grad_")) for r in schemas[1].returns
+        ]
+
+    def fake_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor]:
+        batch, heads, num_queries, _width = query.shape
+        out = query.new_empty(batch, heads, num_queries, value.shape[3])
+        return out, query.new_empty(batch, heads, num_queries, dtype=compute_dtype(query.dtype))
+
+    def fake_backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, *args: Any
+    ) -> tuple[Tensor, ...]:
+        inputs = [args[i] for i in self.differentiable]
+        return tuple(
+            x.new_empty(x.shape) if needed else args[0].new_empty(0)
+            for x, needed in zip(inputs, args[-1], strict=True)
+        )
+
+    def save_forward(self, ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*args[: len(self.tensors)], *output)
+        ctx.options = args[len(self.tensors) :]
+        ctx.set_materialize_grads(False)
+
+    def forward_backward(
+        self, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * (len(tensors) + len(ctx.options))
+        if grad_out is None and grad_lse is None:
+            return tuple(grads)
+        needed = _autograd.needed(ctx)
+        output_mask = [needed[i] for i in self.differentiable]
+        results = getattr(torch.ops.attn, self.backward)(
+            torch.zeros_like(out) if grad_out is None else grad_out,
+            grad_lse,
+            *tensors,
+            out,
+            lse,
+            *ctx.options,
+            output_mask,
+        )
+        for i, result, need in zip(self.differentiable, results, output_mask, strict=True):
+            grads[i] = result if need else None
+        return tuple(grads)
+
+    def save_backward(self, ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        count = len(self.tensors) + 4
+        ctx.options = args[count:]
+        ctx.save_for_backward(*args[:count])
+        ctx.set_materialize_grads(False)
+
+    def backward_backward(self, ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
+        # The backward is a function of grad_out, grad_lse, the forward's tensors, out and lse.
+        count = len(self.tensors)
+        places = (0, 1, *(i + 2 for i in self.differentiable), count + 2, count + 3)
+        args = (*ctx.saved_tensors, *ctx.options)
+        return _autograd.vjp_of_formula(self.blocks.backward_formula, args, cotangents, places)
+
+    def batch(self) -> None:
+        """Registers where the heads stand in every tensor."""
+        rows = [_vmap.BATCH_HEADS] * 2
+        places = [_PLACES.get(name, _vmap.HEADS) for name in self.tensors]
+        _vmap.register(self.forward, places, rows)
+        _vmap.register(
+            self.backward,
+            (*rows, *places, *rows),
+            [places[i] for i in self.differentiable],
+            gradient_of=[i + 2 for i in self.differentiable],
+        )
+
+
+Kernel = Callable[..., Any]
+
+
+def register(room: str, blocks: InBlocks, forward_cuda: Kernel, backward_cuda: Kernel) -> None:
+    """Everything about the private ops of `room` but their kernels for the CPU."""
+    ops = PrivateOps(room, blocks)
+    _library.fake(ops.forward)(ops.fake_forward)
+    _library.fake(ops.backward)(ops.fake_backward)
+    _autograd.differentiable(
+        ops.forward, ops.save_forward, ops.forward_backward, blocks.forward_formula
+    )
+    _autograd.differentiable(
+        ops.backward, ops.save_backward, ops.backward_backward, blocks.backward_formula
+    )
+    ops.batch()
+    implement(ops.forward, blocks.forward, forward_cuda)
+    implement(ops.backward, blocks.backward, backward_cuda)
+
+
+def implement(op: str, blocks: Kernel, cuda: Kernel) -> None:
+    """`blocks` serves wherever there is no kernel; on CUDA `cuda` does, but not in float64."""
+
+    def on_cuda(first: Tensor, *args: Any) -> Any:
+        return (blocks if first.dtype == torch.float64 else cuda)(first, *args)
+
+    _library.implement(op, blocks, "CompositeExplicitAutograd")
+    _library.implement(op, on_cuda, "CUDA")
