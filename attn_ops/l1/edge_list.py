@@ -111,7 +111,8 @@ class EdgeList:
     @classmethod
     def from_edge_index(cls, edge_index: Tensor, num_queries: int, num_keys: int) -> EdgeList:
         """From [2, L] in the order of PyTorch Geometric: row 0 is the source of a message and thus
-        the key, row 1 the target and thus the query."""
+        the key, row 1 the target and thus the query.
+        """
         op = "EdgeList.from_edge_index"
         check_tensor(op, "edge_index", edge_index)
         check_rank(op, "edge_index", edge_index, (2,), "[2, L]")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_ops._checks import check_number, check_tensor
+from attn_ops._checks import check_bool, check_number, check_tensor
 from attn_ops.l1 import sparse_ops
 from attn_ops.l1.edge_list import EdgeList
 
@@ -72,8 +72,7 @@ def l1_sparse_attention(
         got = type(edges).__name__
         raise TypeError(f"{op}: edges must be a Tensor or an EdgeList, got {got}")
     for name, flag in (("softmax", softmax), ("sink", sink)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{op}: {name} must be a bool, got {type(flag).__name__}")
+        check_bool(op, name, flag)
     options: dict[str, Any] = {"value_reverse": value_reverse, "softmax": softmax, "sink": sink}
     if scale is not None:
         check_number(op, "scale", scale)

@@ -1,4 +1,4 @@
-"""Sparse L1 attention as plain formulas: the specification of `_l1_sparse_fwd` and `_l1_sparse_bwd`.
+"""Sparse L1 attention as plain formulas: the specification of the private forward and backward.
 
 Rows are gathered by edge and sums scattered by index, all of it differentiable by PyTorch. Tensors
 are of the compute dtype. Sums on CUDA are deterministic where PyTorch's `index_add` is.
