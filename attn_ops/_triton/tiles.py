@@ -1,6 +1,7 @@
 """Reading and writing tiles of [B, H, rows, columns] tensors of any strides.
 
-Offsets are 64 bits wide. Rows past the end and columns past the width read as zero.
+A tensor is a Strided view or a tensor descriptor (descriptors.py). Offsets are 64 bits wide. Rows
+past the end and columns past the width read as zero.
 """
 
 from __future__ import annotations
@@ -53,13 +54,18 @@ def load_rows(
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """The tile [BLOCK, PADDED]; `num_rows` is None where all of its rows exist."""
-    pointers = row_pointers(view, batch, head, first_row, BLOCK, PADDED)
-    if num_rows is None and WIDTH == PADDED:
-        return tl.load(pointers)
-    inside = tl.arange(0, PADDED)[None, :] < WIDTH
-    if num_rows is not None:
-        inside = inside & (first_row + tl.arange(0, BLOCK)[:, None] < num_rows)
-    return tl.load(pointers, mask=inside, other=0.0)
+    if isinstance(view, tl.tensor_descriptor):
+        tile = view.load([batch.to(tl.int32), head.to(tl.int32), first_row, 0])
+        return tile.reshape([BLOCK, PADDED])
+    else:
+        pointers = row_pointers(view, batch, head, first_row, BLOCK, PADDED)
+        if num_rows is None and WIDTH == PADDED:
+            return tl.load(pointers)
+        else:
+            inside = tl.arange(0, PADDED)[None, :] < WIDTH
+            if num_rows is not None:
+                inside = inside & (first_row + tl.arange(0, BLOCK)[:, None] < num_rows)
+            return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -68,10 +74,14 @@ def store_rows(
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """Writes the part of the tile [BLOCK, PADDED] that exists, in the tensor's dtype."""
-    pointers = row_pointers(view, batch, head, first_row, BLOCK, PADDED)
-    inside = tl.arange(0, PADDED)[None, :] < WIDTH
-    inside = inside & (first_row + tl.arange(0, BLOCK)[:, None] < num_rows)
-    tl.store(pointers, tile.to(view.pointer.dtype.element_ty), mask=inside)
+    if isinstance(view, tl.tensor_descriptor):
+        at = [batch.to(tl.int32), head.to(tl.int32), first_row, 0]
+        view.store(at, tile.to(view.dtype).reshape([1, 1, BLOCK, PADDED]))
+    else:
+        pointers = row_pointers(view, batch, head, first_row, BLOCK, PADDED)
+        inside = tl.arange(0, PADDED)[None, :] < WIDTH
+        inside = inside & (first_row + tl.arange(0, BLOCK)[:, None] < num_rows)
+        tl.store(pointers, tile.to(view.pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from attn_ops._triton.descriptors import tiles
 from attn_ops._triton.launch import launch
 from attn_ops._triton.tiles import strided
 from attn_ops._triton.visibility import Band
@@ -41,14 +42,16 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     out = inputs.query.new_empty(batch, heads, num_queries, inputs.value.shape[3])
     lse = inputs.query.new_empty(batch, heads, num_queries, dtype=torch.float32)
     with torch.cuda.device_of(inputs.query):
-        core = prepare(inputs)
+        # 16-bit queries go to the matrix units from registers, where they can be normalised.
+        raw = inputs.groups == 1 and inputs.query_gain is None and out.element_size() == 2
+        core = prepare(inputs, raw_query=raw)
         sizes = core.sizes(FORWARD)
         launch(
             triton_forward.forward_kernel, batch * heads * triton.cdiv(num_queries, sizes.rows),
-            sizes, *core.operands(), strided(out), lse, contiguous(inputs.sink), core.scoring,
-            core.terms,
-            inputs.keys_seen(), fixed_shift(inputs),
-            **core.constants, BM=sizes.rows, BN=sizes.columns,
+            sizes, *core.operands(sizes.rows, sizes.columns),
+            tiles(out, sizes.rows, core.constants["BE"]), lse, contiguous(inputs.sink),
+            core.scoring, core.terms, inputs.keys_seen(), fixed_shift(inputs),
+            **core.constants, BM=sizes.rows, BN=sizes.columns, NORMALIZE=raw,
         )  # fmt: skip
     return out, lse
 
@@ -86,8 +89,9 @@ class Rows:
     lse: Tensor
     delta: Tensor
 
-    def operands(self) -> tuple[Any, ...]:
-        return strided(self.grad_out), self.lse, self.delta
+    def operands(self, queries: int, width: int) -> tuple[Any, ...]:
+        """All three; grad_out in tiles [queries, width]."""
+        return tiles(self.grad_out, queries, width), self.lse, self.delta
 
 
 def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
@@ -107,22 +111,28 @@ def _target(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def _direct(inputs: Inputs) -> bool:
-    """Whether the core's gradients of queries and keys are final: one factor, and no norm."""
-    return not inputs.groups and inputs.head_scale is None
+def _direct(inputs: Inputs, gain: Tensor | None) -> bool:
+    """Whether the core's gradient of queries or keys becomes final where it is summed.
+
+    There is one factor, and no norm, or a norm over the whole row.
+    """
+    return inputs.groups <= 1 and inputs.head_scale is None and gain is None
 
 
 def _query_side(
     inputs: Inputs, core: Core, rows: Rows, wanted: set[str]
 ) -> dict[str, Tensor | None]:
     """Gradients of query, query_gain and head_scale."""
-    query, direct = inputs.query, _direct(inputs)
+    query, direct = inputs.query, _direct(inputs, inputs.query_gain)
     grad = _target(query, query.dtype if direct else torch.float32)
     sizes = core.sizes(GRAD_QUERY)
     batch, heads, num_queries, _ = query.shape
     launch(
         triton_backward.grad_query_kernel, batch * heads * triton.cdiv(num_queries, sizes.rows),
-        sizes, *core.operands(), *rows.operands(), strided(grad), inputs.scale if direct else 1.0,
+        sizes, *core.operands(sizes.rows, sizes.columns),
+        *rows.operands(sizes.rows, core.constants["BE"]),
+        tiles(grad, sizes.rows, core.constants["BD"]), inputs.scale if direct else 1.0,
+        tiles(query, sizes.rows, core.constants["BD"]) if direct and inputs.groups else None,
         core.scoring, core.terms, inputs.keys_seen(), **core.constants, BM=sizes.rows,
         BN=sizes.columns,
     )  # fmt: skip
@@ -137,7 +147,7 @@ def _query_side(
 
 def _key_side(inputs: Inputs, core: Core, rows: Rows, wanted: set[str]) -> dict[str, Tensor | None]:
     """Gradients of key, key_gain and value."""
-    key, value, direct = inputs.key, inputs.value, _direct(inputs)
+    key, value, direct = inputs.key, inputs.value, _direct(inputs, inputs.key_gain)
     share, largest = _head_shares(inputs.head_scale, key.shape[1])
     grad = grad_value = None
     if wanted & {"key", "key_gain"}:
@@ -148,10 +158,13 @@ def _key_side(inputs: Inputs, core: Core, rows: Rows, wanted: set[str]) -> dict[
     batch, kv_heads, num_keys, _ = key.shape
     launch(
         triton_backward.grad_key_value_kernel, batch * kv_heads * triton.cdiv(num_keys, sizes.rows),
-        sizes, *core.operands(), *rows.operands(),
-        None if grad is None else strided(grad),
-        None if grad_value is None else strided(grad_value),
-        inputs.scale if direct else 1.0, share, core.scoring, core.terms, inputs.queries_seeing(),
+        sizes, *core.operands(sizes.columns, sizes.rows),
+        *rows.operands(sizes.columns, core.constants["BE"]),
+        None if grad is None else tiles(grad, sizes.rows, core.constants["BD"]),
+        None if grad_value is None else tiles(grad_value, sizes.rows, core.constants["BE"]),
+        inputs.scale if direct else 1.0, share,
+        tiles(key, sizes.rows, core.constants["BD"]) if direct and inputs.groups else None,
+        core.scoring, core.terms, inputs.queries_seeing(),
         **core.constants, BN=sizes.rows, BM=sizes.columns,
     )  # fmt: skip
     if grad is None or direct:
@@ -211,8 +224,10 @@ def _grad_bias(core: Core, rows: Rows, band: Band, bias: Tensor) -> Tensor:
     summed = [count if size == 1 else 1 for size, count in zip(bias.shape, counts)]
     launch(
         triton_bias.grad_bias_kernel, own[0] * own[1] * own[2] * own[3], sizes,
-        *core.operands(), *rows.operands(), grad, bias.shape[2], bias.shape[3], *own[1:], *summed,
-        core.scoring, core.terms, band, **core.constants, BM=sizes.rows, BN=sizes.columns,
+        *core.operands(sizes.rows, sizes.columns),
+        *rows.operands(sizes.rows, core.constants["BE"]), grad, bias.shape[2], bias.shape[3],
+        *own[1:], *summed, core.scoring, core.terms, band,
+        **core.constants, BM=sizes.rows, BN=sizes.columns,
     )  # fmt: skip
     return grad
 
@@ -224,7 +239,8 @@ def _grad_relative_bias(core: Core, rows: Rows, band: Band) -> Tensor:
     sizes = core.sizes(GRAD_RELATIVE_BIAS)
     launch(
         triton_bias.grad_relative_bias_kernel, heads * triton.cdiv(diagonals, sizes.columns), sizes,
-        *core.operands(), *rows.operands(), grad, batch, core.scoring, core.terms, band,
-        **core.constants, BM=sizes.rows, BO=sizes.columns,
+        *core.operands(sizes.rows, sizes.rows + sizes.columns),
+        *rows.operands(sizes.rows, core.constants["BE"]), grad, batch, core.scoring, core.terms,
+        band, **core.constants, BM=sizes.rows, BO=sizes.columns,
     )  # fmt: skip
     return grad

@@ -15,6 +15,7 @@ from attn_ops._triton.bias import add_pair_terms
 from attn_ops._triton.softmax import LOG2_E, probabilities
 from attn_ops._triton.tiles import load_per_row, load_rows, store_rows
 from attn_ops._triton.visibility import block_range, hide_outside, interval
+from attn_ops.cosine_sim.triton_normalize import through_norm
 
 
 @triton.jit
@@ -98,11 +99,14 @@ def _sweep_keys(
 
 @triton.jit
 def grad_query_kernel(
-    query, key, value, grad_out, lse, delta, grad_query, grad_factor, scoring, terms, band,
+    query, key, value, grad_out, lse, delta, grad_query, grad_factor, source, scoring, terms, band,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BM queries of one head: grad_query = grad_factor * (grad_score @ k̂)."""
+    """A program owns BM queries of one head: grad_query = grad_factor * (grad_score @ k̂).
+
+    source: the queries before the norm, if the gradient is to go back through it.
+    """
     num_queries, num_keys = scoring.num_queries, scoring.num_keys
     blocks = tl.cdiv(num_queries, BM)
     program = tl.program_id(0)
@@ -131,6 +135,9 @@ def grad_query_kernel(
         (first, past), num_keys, begin, left + right, left, full_end - full_begin,
         D, E, BN, BITS, PRECISION,
     )  # fmt: skip
+    if source is not None:
+        x = load_rows(source, batch, head, block * BM, num_queries, D, BM, BD)
+        grad_q = through_norm(grad_q, x)
     store_rows(grad_query, batch, head, block * BM, num_queries, grad_q * grad_factor, D, BM, BD)
 
 
@@ -163,15 +170,16 @@ def _sweep_queries(
 
 @triton.jit
 def grad_key_value_kernel(
-    query, key, value, grad_out, lse, delta, grad_key, grad_value, grad_factor, head_share,
-    scoring, terms,
-    band, D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    query, key, value, grad_out, lse, delta, grad_key, grad_value, grad_factor, head_share, source,
+    scoring, terms, band,
+    D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BN keys of one head and walks over the queries of the heads that read it.
 
     grad_key = grad_factor * sum of head_share * (grad_scoreᵀ @ q̂) over those heads. grad_key or
     grad_value is None where nobody asks for it. `band` says which queries a key is seen by.
+    source: the keys before the norm, if their gradient is to go back through it.
     """
     num_queries, num_keys = scoring.num_queries, scoring.num_keys
     blocks = tl.cdiv(num_keys, BN)
@@ -209,6 +217,9 @@ def grad_key_value_kernel(
             D, E, BM, BITS, PRECISION,
         )  # fmt: skip
     if grad_key is not None:
+        if source is not None:
+            x = load_rows(source, batch, kv_head, block * BN, num_keys, D, BN, BD)
+            grad_k = through_norm(grad_k, x)
         store_rows(grad_key, batch, kv_head, block * BN, num_keys, grad_k * grad_factor, D, BN, BD)
     if grad_value is not None:
         store_rows(grad_value, batch, kv_head, block * BN, num_keys, grad_v, E, BN, BE)

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from attn_ops._triton.bias import PairTerms, pair_terms
+from attn_ops._triton.descriptors import tiles
 from attn_ops._triton.launch import Launch, Table, choose, dot_precision, launch
 from attn_ops._triton.softmax import LOG2_E
 from attn_ops._triton.tiles import padded, strided
@@ -74,8 +75,14 @@ class Core:
     terms: PairTerms
     constants: dict[str, Any]
 
-    def operands(self) -> tuple[Any, ...]:
-        return strided(self.query), strided(self.key), strided(self.value)
+    def operands(self, queries: int, keys: int) -> tuple[Any, ...]:
+        """query, key and value in tiles of so many rows."""
+        width, value_width = self.constants["BD"], self.constants["BE"]
+        return (
+            tiles(self.query, queries, width),
+            tiles(self.key, keys, width),
+            tiles(self.value, keys, value_width),
+        )
 
     def sizes(self, table: Table) -> Launch:
         widths = self.query.shape[3], self.value.shape[3]
@@ -108,8 +115,8 @@ def _unit(x: Tensor, gain: Tensor | None, groups: int) -> Tensor:
     return unit
 
 
-def prepare(inputs: Inputs) -> Core:
-    """Normalises queries and keys and describes the rest."""
+def prepare(inputs: Inputs, *, raw_query: bool = False) -> Core:
+    """Normalises queries, unless they are wanted raw, and keys, and describes the rest."""
     batch, heads, num_queries, width = inputs.query.shape
     kv_heads, num_keys, value_width = inputs.value.shape[1:]
     pairs = (batch, heads, num_queries, num_keys)
@@ -124,7 +131,9 @@ def prepare(inputs: Inputs) -> Core:
         "BE": padded(value_width, inputs.query.dtype),
         "BITS": bits, "PRECISION": dot_precision(),
     }  # fmt: skip
-    query = _unit(inputs.query, inputs.query_gain, inputs.groups)
+    query = inputs.query
+    if not raw_query:
+        query = _unit(query, inputs.query_gain, inputs.groups)
     key = _unit(inputs.key, inputs.key_gain, inputs.groups)
     return Core(query, key, inputs.value, scoring, terms, constants)
 

@@ -12,6 +12,7 @@ from attn_ops._triton.bias import add_pair_terms
 from attn_ops._triton.softmax import log_add, log_sum, running_maximum_step
 from attn_ops._triton.tiles import load_rows, store_rows
 from attn_ops._triton.visibility import block_range, hide_outside, interval
+from attn_ops.cosine_sim.triton_normalize import unit_rows
 
 
 @triton.jit
@@ -53,8 +54,12 @@ def forward_kernel(
     query, key, value, out, lse, sink, scoring, terms, band, shift,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BM queries of one head. `shift` None: the running maximum is subtracted."""
+    """A program owns BM queries of one head, and normalises them if they are not unit vectors yet.
+
+    `shift` None: the running maximum is subtracted.
+    """
     num_queries, num_keys = scoring.num_queries, scoring.num_keys
     blocks = tl.cdiv(num_queries, BM)
     program = tl.program_id(0)
@@ -69,6 +74,8 @@ def forward_kernel(
     if scoring.head_scale is not None:
         factor *= tl.load(scoring.head_scale + head)
     q = load_rows(query, batch, head, block * BM, num_queries, D, BM, BD)
+    if NORMALIZE:
+        q = unit_rows(q)
     total = tl.zeros([BM], tl.float32)
     maximum = tl.full([BM], float("-inf"), tl.float32)
     accumulator = tl.zeros([BM, BE], tl.float32)

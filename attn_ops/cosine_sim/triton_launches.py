@@ -21,7 +21,7 @@ FORWARD: Table = {
 # rows are queries
 GRAD_QUERY: Table = {
     2: {
-        64: [Launch(64, 64, 4, 3), Launch(64, 64, 4, 2)],
+        64: [Launch(128, 64, 4, 3), Launch(64, 64, 4, 2)],
         128: [Launch(128, 64, 8, 3), Launch(64, 32, 4, 2)],
         256: [Launch(128, 32, 8, 1), Launch(32, 32, 4, 2)],
     },
@@ -35,7 +35,7 @@ GRAD_QUERY: Table = {
 GRAD_KEY_VALUE: Table = {
     2: {
         64: [Launch(64, 64, 4, 3), Launch(128, 32, 8, 2)],
-        128: [Launch(128, 64, 8, 2), Launch(64, 32, 8, 2)],
+        128: [Launch(64, 64, 4, 2), Launch(64, 32, 8, 2)],
         256: [Launch(64, 32, 8, 3), Launch(32, 32, 8, 2)],
     },
     4: {

@@ -26,6 +26,25 @@ def _inverse_norm(x):
 
 
 @triton.jit
+def unit_rows(x):
+    """Rows of x [R, W] as unit vectors, in x's dtype."""
+    tile = x.to(tl.float32)
+    inverse, _ = _inverse_norm(tile)
+    return (tile * inverse[:, None]).to(x.dtype)
+
+
+@triton.jit
+def through_norm(grad, x):
+    """The gradient of x [R, W] from grad, that of its unit rows."""
+    tile = x.to(tl.float32)
+    inverse, squared = _inverse_norm(tile)
+    tile *= inverse[:, None]
+    # Below the floor of the norm the divisor is a constant: nothing to project out.
+    along = tl.where(squared > 1e-24, tl.sum(tile * grad, 1), 0.0)
+    return (grad - tile * along[:, None]) * inverse[:, None]
+
+
+@triton.jit
 def normalize_kernel(
     x, gain, unit, num_rows, num_heads, groups,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,

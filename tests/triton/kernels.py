@@ -44,6 +44,14 @@ CASES = [(name, case, torch.float32) for name, case in (SPEC.cases | LONG).items
 # What 16 bits change: rounding, and in float16 the shift of the weights.
 SHORT = torch.float16 if DEVICE == "cpu" else torch.bfloat16
 CASES += [(name, SPEC.cases[name], SHORT) for name in ("plain", "sink", "wide", "everything")]
+# Norms and their gradients are taken inside of the core: the rows of tiles are whole.
+DESCRIBED = {
+    "blocks of every kind": LONG["blocks of every kind"].but(strides="transposed"),
+    "blocks of packed sequences": LONG["blocks of packed sequences"],
+    "grouped heads": ONE.but(heads=4, kv_heads=2, queries=70, keys=70, causal=True),
+    "slices": ONE.but(queries=70, keys=40, options={"groups": 4}),
+    "relative bias over blocks": LONG["relative bias over blocks"],
+}
 EXTREME = {
     "a large scale": {"scale": 1e4},
     "slices and a large scale": {"scale": 16.0, "groups": 8},
@@ -58,6 +66,17 @@ def test_kernels_agree_with_the_formula(
     case: Case, dtype: torch.dtype, device: torch.device
 ) -> None:
     assert_agrees(SPEC, case, dtype, device)
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_tiles_by_descriptors_agree_with_the_formula(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper tiles come through tensor descriptors, elsewhere through pointers."""
+    from attn_ops._triton import descriptors
+
+    monkeypatch.setattr(descriptors, "has_descriptors", lambda device: True)
+    assert_agrees(SPEC, DESCRIBED[name], torch.float16, device)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
