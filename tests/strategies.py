@@ -41,6 +41,7 @@ class Case:
     wide_parameters: bool = True  # bias and parameters in the compute dtype, not in query's
     options: dict[str, Any] = field(default_factory=dict)  # of the op itself
     positive: bool = False  # query and key are above zero
+    apart: bool = False  # no coordinate of a query equals one of a key
     seed: int = 0
 
     def but(self, **changes: Any) -> "Case":
@@ -59,19 +60,27 @@ class Maker:
         self.case, self.dtype, self.device = case, dtype, device
         self.generator = torch.Generator().manual_seed(case.seed)
 
-    def normal(self, *sizes: int, strides: str = "contiguous", positive: bool = False) -> Tensor:
+    def normal(
+        self,
+        *sizes: int,
+        strides: str = "contiguous",
+        positive: bool = False,
+        grid: float | None = None,
+    ) -> Tensor:
         """Normal numbers that float16 and bfloat16 both hold, laid out with these strides.
 
-        positive: their absolute values, away from zero.
+        positive: their absolute values, away from zero; grid: rounded to multiples of 1/16 and so
+        much more.
         """
+        same: dict[str, Any] = {"positive": positive, "grid": grid}
         if strides == "expanded":  # one row for all rows, as out.sum() gives its gradient
-            x = self.normal(*sizes[:-2], 1, sizes[-1], positive=positive)
-            return x.expand(sizes)
+            return self.normal(*sizes[:-2], 1, sizes[-1], **same).expand(sizes)
         if strides == "transposed" and len(sizes) > 2:
-            x = self.normal(*sizes[:-3], sizes[-2], sizes[-3], sizes[-1], positive=positive)
+            x = self.normal(*sizes[:-3], sizes[-2], sizes[-3], sizes[-1], **same)
             return x.transpose(-2, -3)
         x = torch.randn(sizes, generator=self.generator, dtype=torch.float64)
         x = x.abs() + 0.25 if positive else x
+        x = x if grid is None else (x * 16).round() / 16 + grid
         x = x.to(torch.bfloat16).to(torch.float16)
         return x.to(device=self.device, dtype=self.dtype)
 
@@ -101,9 +110,10 @@ def build(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[st
         assert case.kv_heads == 1
         key_sizes = (case.batch, case.keys)
     layout: dict[str, Any] = {"strides": case.strides, "positive": case.positive}
+    query_grid, key_grid = (0.0, 1 / 32) if case.apart else (None, None)
     args: dict[str, Any] = {
-        "query": make.normal(*query_sizes, case.width, **layout),
-        "key": make.normal(*key_sizes, case.width, **layout),
+        "query": make.normal(*query_sizes, case.width, **layout, grid=query_grid),
+        "key": make.normal(*key_sizes, case.width, **layout, grid=key_grid),
         "value": make.normal(*key_sizes, case.value_width, strides=case.strides),
     }
     if case.mask is not None:

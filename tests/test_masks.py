@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from attn_ops import masks
-from tests.cosine_sim.formula import sees
+from tests.softmax import sees
 
 LENGTHS = st.integers(0, 12)
 WINDOWS = st.one_of(st.none(), st.integers(1, 14), st.just(1 << 40))

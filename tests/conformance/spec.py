@@ -22,8 +22,9 @@ Test = Callable[..., None]
 class OpSpec:
     """One op.
 
-    name: what the tests call it. room: the folder of its schemas.txt; the private ops are
-        `_room_fwd` and `_room_bwd`.
+    name: what the tests call it. room: the folder of its schemas.txt.
+    private: the private ops are `_private_fwd` and `_private_bwd`; the name of the room if empty.
+    prepares: private ops that run before the private forward.
     results: names for what the op returns, `out` first; none of them is the name of an argument.
     ops: the public ops of these arguments; the first returns all results, the others `out` alone.
     function: the Python function, which returns all results or `out` alone.
@@ -35,7 +36,10 @@ class OpSpec:
     resized: (case, queries, keys, batch) -> the case at other sizes, as far as it allows.
     differentiable: the names of the arguments that have a gradient.
     cases: the named ones. "plain" has defaults only, "everything" all that can be used together.
-    long: all arguments that are smaller than the scores, to be brought to great lengths.
+    long: all arguments that are smaller than the scores, to be brought to great lengths; None
+        where the results themselves are as large.
+    linear_backward: the private backward is linear in its one gradient, and no result of the
+        forward is an argument of it.
     own_backward: argument -> the private op that alone computes its gradient, where `_room_bwd`
         does not.
     """
@@ -52,8 +56,11 @@ class OpSpec:
     resized: Callable[..., Case]
     differentiable: tuple[str, ...]
     cases: dict[str, Case]
-    long: Case
+    long: Case | None
     own_backward: dict[str, str] = field(default_factory=dict)
+    private: str = ""
+    prepares: tuple[str, ...] = ()
+    linear_backward: bool = False
     examples: tuple[Case, ...] = ()  # counterexamples that hypothesis found
 
     def __post_init__(self) -> None:
@@ -70,11 +77,11 @@ class OpSpec:
 
     @property
     def forward(self) -> Any:
-        return getattr(torch.ops.attn, f"_{self.room}_fwd").default
+        return getattr(torch.ops.attn, f"_{self.private or self.room}_fwd").default
 
     @property
     def backward(self) -> Any:
-        return getattr(torch.ops.attn, f"_{self.room}_bwd").default
+        return getattr(torch.ops.attn, f"_{self.private or self.room}_bwd").default
 
     @property
     def backwards(self) -> tuple[Any, ...]:

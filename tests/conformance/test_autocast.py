@@ -25,10 +25,15 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+def tensors_of(arguments: dict[str, Any]) -> list[str]:
+    """query and key, and value if there is one."""
+    return [name for name in TENSORS if name in arguments]
+
+
 def seen_dtypes(spec: OpSpec, arguments: dict[str, Any]) -> list[torch.dtype]:
     with Calls() as calls:
         spec.run(**arguments)
-    return [x.dtype for x in calls.of(spec.forward)[: len(TENSORS)]]
+    return [x.dtype for x in calls.of(spec.forward)[: len(tensors_of(arguments))]]
 
 
 def test_op_runs_in_the_autocast_dtype(
@@ -36,17 +41,18 @@ def test_op_runs_in_the_autocast_dtype(
 ) -> None:
     arguments = spec.build(spec.cases["everything"], torch.float32, device)
     with torch.autocast(device.type, dtype):
-        assert seen_dtypes(spec, arguments) == [dtype] * 3
+        assert seen_dtypes(spec, arguments) == [dtype] * len(tensors_of(arguments))
         assert spec.out(**arguments).dtype == dtype
         assert as_tuple(spec.function(**arguments))[0].dtype == dtype
         results = dict(zip(spec.results, spec.run(**arguments)))
     assert_dtypes(spec, results, dtype)
-    assert seen_dtypes(spec, arguments) == [torch.float32] * 3
+    assert seen_dtypes(spec, arguments) == [torch.float32] * len(tensors_of(arguments))
 
 
 def test_mixed_inputs_are_taken(spec: OpSpec, dtype: torch.dtype, device: torch.device) -> None:
     arguments = spec.build(spec.cases["everything"], torch.float32, device)
-    mixed = arguments | {"key": arguments["key"].to(dtype), "value": arguments["value"].half()}
+    mixed = arguments | {name: arguments[name].to(dtype) for name in tensors_of(arguments)[1:]}
+    mixed[tensors_of(arguments)[-1]] = arguments[tensors_of(arguments)[-1]].half()
     with torch.autocast(device.type, dtype):
         for name, a, e in zip(spec.results, spec.run(**mixed), spec.run(**arguments)):
             assert_same(name, a, e)
@@ -58,7 +64,7 @@ def test_float64_is_left_alone(spec: OpSpec, dtype: torch.dtype, device: torch.d
     arguments = spec.build(spec.cases["everything"], torch.float64, device)
     outside = spec.run(**arguments)
     with torch.autocast(device.type, dtype):
-        assert seen_dtypes(spec, arguments) == [torch.float64] * 3
+        assert seen_dtypes(spec, arguments) == [torch.float64] * len(tensors_of(arguments))
         inside = spec.run(**arguments)
     for name, a, e in zip(spec.results, inside, outside):
         assert_same(name, a, e)
@@ -72,7 +78,7 @@ def test_gradients_arrive_in_the_dtypes_of_the_inputs(
     exact_arguments = in_dtype(arguments, torch.float64)
     grads = cotangents(*spec.formula(**exact_arguments))
     exact = with_gradients(spec, spec.formula, exact_arguments, *grads)
-    narrow = arguments | {name: arguments[name].to(dtype) for name in TENSORS}
+    narrow = arguments | {name: arguments[name].to(dtype) for name in tensors_of(arguments)}
     same_dtype = with_gradients(spec, spec.formula, narrow, *grads)
 
     def op(**arguments: Tensor) -> tuple[Tensor, ...]:

@@ -128,6 +128,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
 
 
 def test_memory_does_not_grow_with_the_number_of_scores(spec: OpSpec, device: torch.device) -> None:
+    if spec.long is None:
+        pytest.skip("its results are as large as the scores")
     if device.type == "cuda":
         length = 32768
         case = spec.resized(spec.long, length, length, 1)
