@@ -78,6 +78,18 @@ ATTN_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};  // gcc broadcasts from memory for this spelling
 }
 
+// x, a number or a vector, rounded: the compiler does not see where it comes from, so a product
+// does not become part of an FMA.
+template <class V>
+ATTN_INLINE V rounded(V x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 template <class T>
 ATTN_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
