@@ -312,6 +312,12 @@ inline BFloat from_float<BFloat>(float x) {
 inline float fast_exp2(float x) {
   return std::exp2(x);
 }
+inline float multiply_rounded(float a, float b) {
+  return a * b;
+}
+inline float add_rounded(float a, float b) {
+  return a + b;
+}
 inline float fma_saturate(float a, float b, float c) {
   const float x = std::fma(a, b, c);
   return x > 0 ? std::fmin(x, 1.0f) : 0.0f;  // NaN gives 0, as on the GPU
@@ -356,6 +362,9 @@ inline uint32_t sub_half2(uint32_t a, uint32_t b) {
 }
 inline uint32_t add_abs_half2(uint32_t a, uint32_t b) {
   return add_half2(a, b & 0x7fff7fff);
+}
+inline uint32_t add_both_abs_half2(uint32_t a, uint32_t b) {
+  return add_half2(a & 0x7fff7fff, b & 0x7fff7fff);
 }
 inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
   // A product of halves is exact in double, so is nearly every sum: rounded once.
@@ -440,6 +449,10 @@ inline void store4(float* to, float4 x) {
 inline void store4(uint32_t* to, uint4 x) {
   emulator::check_aligned(to, 16);
   *reinterpret_cast<uint4*>(to) = x;
+}
+inline void store2(uint32_t* to, uint32_t x, uint32_t y) {
+  emulator::check_aligned(to, 8);
+  *reinterpret_cast<uint2*>(to) = make_uint2(x, y);
 }
 inline void store4_streaming(float* to, float4 x) {
   store4(to, x);

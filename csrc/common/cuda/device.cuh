@@ -88,6 +88,14 @@ ATTN_DEVICE float fast_exp2(float x) {
   return y;
 }
 
+// Never fused into one operation.
+ATTN_DEVICE float multiply_rounded(float a, float b) {
+  return __fmul_rn(a, b);
+}
+ATTN_DEVICE float add_rounded(float a, float b) {
+  return __fadd_rn(a, b);
+}
+
 // a * b + c, clamped to [0, 1].
 ATTN_DEVICE float fma_saturate(float a, float b, float c) {
   return __saturatef(__fmaf_rn(a, b, c));
@@ -132,6 +140,10 @@ ATTN_DEVICE uint32_t sub_half2(uint32_t a, uint32_t b) {
 // a + |b|: one instruction.
 ATTN_DEVICE uint32_t add_abs_half2(uint32_t a, uint32_t b) {
   return bits(__hadd2(half2_of(a), __habs2(half2_of(b))));
+}
+// |a| + |b|: one instruction.
+ATTN_DEVICE uint32_t add_both_abs_half2(uint32_t a, uint32_t b) {
+  return bits(__hadd2(__habs2(half2_of(a)), __habs2(half2_of(b))));
 }
 ATTN_DEVICE uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
   return bits(__hfma2(half2_of(a), half2_of(b), half2_of(c)));
@@ -196,6 +208,9 @@ ATTN_DEVICE void store4(float* to, float4 x) {
 }
 ATTN_DEVICE void store4(uint32_t* to, uint4 x) {
   *reinterpret_cast<uint4*>(to) = x;
+}
+ATTN_DEVICE void store2(uint32_t* to, uint32_t x, uint32_t y) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(x, y);
 }
 // Written once, read by nobody here: past the caches.
 ATTN_DEVICE void store4_streaming(float* to, float4 x) {

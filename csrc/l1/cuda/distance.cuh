@@ -1,0 +1,144 @@
+// Distances of a tile of 128 queries and kKeys keys, in registers.
+//
+// A block has 4 warps, a warp 32 queries. In shared memory a tile lies by words of D: word w of
+// row r is a float (float32) or two halves, elements 2w and 2w + 1 (16 bits), at [w][place of r].
+// With g = lane / 4, t = lane % 4 a thread owns queries g + 8i and keys 16j + 4t + 0..3, each of
+// which it loads as 16 bytes. Its results stand as accumulators of the matrix units do:
+//   at[m][h][c] is query 16m + g + 8(c / 2), key key_of(t, h, c),
+// so that weights become fragments of the product with values without leaving their thread.
+#pragma once
+
+#include <type_traits>
+
+#include "l1/cuda/prepass.cuh"
+
+namespace attn::cuda::l1 {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+constexpr int kQueries = 128;
+constexpr int kWarpQueries = 32;
+constexpr int kQueryPitch = kQueries + 4;  // words; + 4 spreads a column over the banks
+constexpr int kSliceWords = 128;           // words of D in shared memory at a time
+constexpr int kWordStep = 8;               // words of D are padded to this with zeros
+
+template <int kKeys>
+constexpr int kKeyPitch = kKeys + 4;
+
+template <class T>
+constexpr int kWordElements = sizeof(uint32_t) / sizeof(T);
+
+template <class T>
+ATTN_HOST_DEVICE int padded_words(int D) {
+  const int words = (D + kWordElements<T> - 1) / kWordElements<T>;
+  return (words + kWordStep - 1) / kWordStep * kWordStep;
+}
+
+ATTN_DEVICE int key_of(int t, int h, int c) {
+  return 16 * (h / 2) + 4 * t + 2 * (h % 2) + c % 2;
+}
+ATTN_DEVICE int query_of(int g, int m, int c) {
+  return 16 * m + g + 8 * (c / 2);
+}
+
+template <int kKeys>
+struct Tile {
+  float at[2][kKeys / 8][4];
+};
+
+// --- float32: two additions per element.
+
+template <int kKeys>
+ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, int words,
+                               Tile<kKeys>& sums, float) {
+#pragma unroll 1
+  for (int w = 0; w < words; w += kWordStep) {
+    ATTN_UNROLL
+    for (int step = 0; step < kWordStep; ++step) {
+      const float4 q = load4(reinterpret_cast<const float*>(queries + step * kQueryPitch));
+      const float query[4] = {q.x, q.y, q.z, q.w};
+      ATTN_UNROLL
+      for (int j = 0; j < kKeys / 16; ++j) {
+        const float4 k =
+            load4(reinterpret_cast<const float*>(keys + step * kKeyPitch<kKeys> + 16 * j));
+        const float key[4] = {k.x, k.y, k.z, k.w};
+        ATTN_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          ATTN_UNROLL
+          for (int c = 0; c < 4; ++c) {
+            sums.at[i / 2][2 * j + c / 2][2 * (i % 2) + c % 2] += fabsf(query[i] - key[c]);
+          }
+        }
+      }
+    }
+    queries += kWordStep * kQueryPitch;
+    keys += kWordStep * kKeyPitch<kKeys>;
+  }
+}
+
+// --- 16 bits: three packed additions per four elements. The matrix units add the two halves of a
+// sum of two differences to the float32 distances: a product with a matrix of ones and zeros.
+
+// Column 2t + i of the product is the sum of what lane t of a quad has in registers i (row g) of
+// the left operand.
+struct Selector {
+  uint32_t b[2];
+};
+ATTN_DEVICE Selector own_columns() {
+  constexpr uint32_t kOnes = 0x3c003c00;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  return {{g == 2 * t ? kOnes : 0, g == 2 * t + 1 ? kOnes : 0}};
+}
+
+ATTN_DEVICE uint32_t two_differences(uint32_t q0, uint32_t k0, uint32_t q1, uint32_t k1) {
+  return add_both_abs_half2(sub_half2(q0, k0), sub_half2(q1, k1));
+}
+
+template <int kKeys>
+ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, int words,
+                               Tile<kKeys>& sums, Half) {
+  const Selector own = own_columns();
+#pragma unroll 1
+  for (int w = 0; w < words; w += kWordStep) {
+    ATTN_UNROLL
+    for (int step = 0; step < kWordStep; step += 2) {
+      const uint4 qa = load4(queries + step * kQueryPitch);
+      const uint4 qb = load4(queries + (step + 1) * kQueryPitch);
+      const uint32_t query_a[4] = {qa.x, qa.y, qa.z, qa.w}, query_b[4] = {qb.x, qb.y, qb.z, qb.w};
+      ATTN_UNROLL
+      for (int j = 0; j < kKeys / 16; ++j) {
+        const uint4 ka = load4(keys + step * kKeyPitch<kKeys> + 16 * j);
+        const uint4 kb = load4(keys + (step + 1) * kKeyPitch<kKeys> + 16 * j);
+        const uint32_t key_a[4] = {ka.x, ka.y, ka.z, ka.w}, key_b[4] = {kb.x, kb.y, kb.z, kb.w};
+        ATTN_UNROLL
+        for (int m = 0; m < 2; ++m) {
+          ATTN_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            uint32_t parts[4];
+            ATTN_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              const int row = 2 * m + i % 2, key = 2 * e + i / 2;
+              parts[i] = two_differences(query_a[row], key_a[key], query_b[row], key_b[key]);
+            }
+            mma_half(sums.at[m][2 * j + e], parts, own.b);
+          }
+        }
+      }
+    }
+    queries += kWordStep * kQueryPitch;
+    keys += kWordStep * kKeyPitch<kKeys>;
+  }
+}
+
+// Adds the distances over the `words` words of D that stand in shared memory.
+template <class T, int kKeys>
+ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, int words,
+                               Tile<kKeys>& sums) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  queries += warp * kWarpQueries + 4 * g;
+  keys += 4 * t;
+  using Kind = std::conditional_t<sizeof(T) == 4, float, Half>;
+  add_distances<kKeys>(queries, keys, words, sums, Kind{});
+}
+
+}  // namespace attn::cuda::l1
