@@ -1,6 +1,7 @@
 """Every test of this folder that takes `spec` is asked of every op.
 
-`named` is one of its named cases, or of those in `@only(...)`.
+`named` is one of its named cases, or of those in `@only(...)`. A file with SOFTMAX_LIKE = True asks
+the ops with a softmax alone.
 """
 
 import sys
@@ -20,7 +21,8 @@ def asked(metafunc: pytest.Metafunc, specs: list[OpSpec]) -> list[tuple[OpSpec, 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    specs = all_specs()
+    softmax_like = getattr(metafunc.module, "SOFTMAX_LIKE", False)
+    specs = [spec for spec in all_specs() if spec.softmax_like or not softmax_like]
     if "named" in metafunc.fixturenames:
         pairs = asked(metafunc, specs)
         ids = [f"{spec.name}-{name.replace(' ', '-')}" for spec, name in pairs]

@@ -76,6 +76,11 @@ class OpSpec:
         return as_tuple(self.ops[-1](**arguments))[0]
 
     @property
+    def softmax_like(self) -> bool:
+        """Whether it takes the arguments that all ops with a softmax share."""
+        return self.results == ("out", "lse")
+
+    @property
     def forward(self) -> Any:
         return getattr(torch.ops.attn, f"_{self.private or self.room}_fwd").default
 

@@ -4,20 +4,18 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-import attn_ops
 from tests.comparison import assert_same
+from tests.conformance.spec import OpSpec
 
+SOFTMAX_LIKE = True
 OFFSETS = [[0, 3, 8], [0, 5, 8], [0, 1, 8]]
 
 
-def loss(query: Tensor, offsets: Tensor) -> Tensor:
-    out = attn_ops.cosine_sim_attention(
-        query, query, query, causal=True, cu_seqlens_q=offsets, cu_seqlens_k=offsets
-    )
-    return out.square().sum()
+def test_vmap_over_offsets_equals_a_loop(spec: OpSpec, device: torch.device) -> None:
+    def loss(query: Tensor, offsets: Tensor) -> Tensor:
+        packed = {"causal": True, "cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+        return spec.function(query, query, query, **packed).square().sum()
 
-
-def test_vmap_over_offsets_equals_a_loop(device: torch.device) -> None:
     query = torch.randn(3, 1, 2, 8, 4, dtype=torch.float64, device=device)
     offsets = torch.tensor(OFFSETS, dtype=torch.int32, device=device)
     for function in (loss, grad(loss)):

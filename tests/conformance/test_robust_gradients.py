@@ -6,42 +6,41 @@ import pytest
 import torch
 from torch import Tensor
 
-import attn_ops
 from tests.comparison import assert_same
 from tests.conformance.capture import Calls
 from tests.conformance.evaluate import DTYPES, assert_agrees, assert_arguments_agree
-from tests.cosine_sim.formula import formula
-from tests.cosine_sim.spec import SPEC, build
+from tests.conformance.spec import OpSpec
 from tests.strategies import Case
 
+SOFTMAX_LIKE = True
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 BASE = Case(batch=2, heads=2, queries=40, keys=48, width=16, value_width=12)
 
 
 @every_dtype
-def test_expanded_gradient_of_a_sum(dtype: torch.dtype, device: torch.device) -> None:
+def test_expanded_gradient_of_a_sum(spec: OpSpec, dtype: torch.dtype, device: torch.device) -> None:
     case = BASE.but(bias="1HMN")
-    arguments = build(case, dtype, device)
-    leaves = [x.requires_grad_() for x in SPEC.floating(arguments).values()]
-    out, lse = SPEC.run(**arguments)
+    arguments = spec.build(case, dtype, device)
+    leaves = [x.requires_grad_() for x in spec.floating(arguments).values()]
+    out, lse = spec.run(**arguments)
     expanded = torch.autograd.grad(out.sum() + lse.sum(), leaves, retain_graph=True)
     ones = (torch.ones_like(out), torch.ones_like(lse))
     for name, a, e in zip(
-        SPEC.floating(arguments), expanded, torch.autograd.grad((out, lse), leaves, ones)
+        spec.floating(arguments), expanded, torch.autograd.grad((out, lse), leaves, ones)
     ):
         assert_same(name, a, e)
-    assert_agrees(SPEC, case.but(strides="expanded"), dtype, device)
+    assert_agrees(spec, case.but(strides="expanded"), dtype, device)
 
 
 @every_dtype
 @pytest.mark.parametrize("transposed", ("contiguous", "transposed"))
 def test_gradient_with_transposed_strides(
-    transposed: str, dtype: torch.dtype, device: torch.device
+    spec: OpSpec, transposed: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     """The gradient of `out.transpose(1, 2).reshape(B, M, H*E)`, which models take."""
-    arguments = build(BASE.but(strides=transposed), dtype, device)
+    arguments = spec.build(BASE.but(strides=transposed), dtype, device)
     leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
-    out = SPEC.out(**arguments)
+    out = spec.out(**arguments)
     grad = torch.randn(out.transpose(1, 2).shape, device=device).to(dtype)
     actual = torch.autograd.grad(out.transpose(1, 2), leaves, grad, retain_graph=True)
     expected = torch.autograd.grad(out, leaves, grad.transpose(1, 2).contiguous())
@@ -52,75 +51,81 @@ def test_gradient_with_transposed_strides(
 @every_dtype
 @pytest.mark.parametrize("last", ("query", "key", "value"))
 def test_last_dimension_that_is_not_contiguous(
-    last: str, dtype: torch.dtype, device: torch.device
+    spec: OpSpec, last: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    arguments = build(BASE, dtype, device)
+    arguments = spec.build(BASE, dtype, device)
     arguments[last] = arguments[last].mT.contiguous().mT
     assert arguments[last].stride(-1) != 1
-    results = SPEC.run(**arguments)
+    results = spec.run(**arguments)
     for name, a, e in zip(
-        ("out", "lse"), results, SPEC.run(**(arguments | {last: arguments[last].contiguous()}))
+        ("out", "lse"), results, spec.run(**(arguments | {last: arguments[last].contiguous()}))
     ):
         assert_same(name, a, e)
 
 
 @every_dtype
-def test_slices_of_one_projection(dtype: torch.dtype, device: torch.device) -> None:
+def test_slices_of_one_projection(spec: OpSpec, dtype: torch.dtype, device: torch.device) -> None:
     """query, key and value out of one tensor [B, M, 3, H, D]: a storage offset and a gap."""
     joint = torch.randn(2, 19, 3, 4, 16, device=device).to(dtype)
     query, key, value = joint.permute(2, 0, 3, 1, 4)
-    assert_arguments_agree(SPEC, {"query": query, "key": key, "value": value, "causal": True})
+    assert_arguments_agree(spec, {"query": query, "key": key, "value": value, "causal": True})
 
 
 @every_dtype
-def test_bias_gradient_of_merged_heads(dtype: torch.dtype, device: torch.device) -> None:
+def test_bias_gradient_of_merged_heads(
+    spec: OpSpec, dtype: torch.dtype, device: torch.device
+) -> None:
     merged = Case(batch=6, heads=1, kv_heads=1, queries=20, keys=33, layout="merged")
     for bias in ("HMN", "B1MN", "11MN", "B11N"):
-        assert_agrees(SPEC, merged.but(bias=bias), dtype, device)
+        assert_agrees(spec, merged.but(bias=bias), dtype, device)
 
 
 @every_dtype
 @pytest.mark.parametrize("bias", ("1111", "B111", "1H11", "11M1", "111N", "BH11", "B11N", "1HM1"))
 def test_bias_gradient_of_every_broadcast(
-    bias: str, dtype: torch.dtype, device: torch.device
+    spec: OpSpec, bias: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    assert_agrees(SPEC, BASE.but(bias=bias, heads=4, wide_parameters=True), dtype, device)
+    assert_agrees(spec, BASE.but(bias=bias, heads=4, wide_parameters=True), dtype, device)
 
 
 @every_dtype
-def test_bias_that_is_an_expanded_view(dtype: torch.dtype, device: torch.device) -> None:
-    arguments = build(BASE, dtype, device)
+def test_bias_that_is_an_expanded_view(
+    spec: OpSpec, dtype: torch.dtype, device: torch.device
+) -> None:
+    arguments = spec.build(BASE, dtype, device)
     arguments["bias"] = torch.randn(1, 2, 1, 48, device=device).to(dtype).expand(2, 2, 40, 48)
-    assert_arguments_agree(SPEC, arguments)
+    assert_arguments_agree(spec, arguments)
 
 
-def test_bias_that_requires_no_grad_costs_none(device: torch.device) -> None:
-    arguments = build(BASE.but(bias="BHMN"), torch.float32, device)
+def test_bias_that_requires_no_grad_costs_none(spec: OpSpec, device: torch.device) -> None:
+    arguments = spec.build(BASE.but(bias="BHMN"), torch.float32, device)
     query = arguments["query"].requires_grad_()
-    out = SPEC.out(**arguments)
+    out = spec.out(**arguments)
     with Calls() as calls:
         out.sum().backward()
-    raw = SPEC.backward(*calls.of(SPEC.backward))
-    assert raw[3].shape == (0,)
-    exact = build(BASE.but(bias="BHMN"), torch.float64, device)
+    raw = spec.backward(*calls.of(spec.backward))
+    assert raw[spec.gradients_of_backward.index("bias")].shape == (0,)
+    exact = spec.build(BASE.but(bias="BHMN"), torch.float64, device)
     exact["query"].requires_grad_()
-    formula(**exact)[0].sum().backward()
+    spec.formula(**exact)[0].sum().backward()
     assert (query.grad - exact["query"].grad).abs().max() < 1e-5
 
 
 @every_dtype
 @pytest.mark.parametrize("layout", ("BHMD", "BND"))
 def test_single_key_head_sums_over_all_query_heads(
-    layout: str, dtype: torch.dtype, device: torch.device
+    spec: OpSpec, layout: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    assert_agrees(SPEC, BASE.but(heads=8, kv_heads=1, layout=layout), dtype, device)
+    assert_agrees(spec, BASE.but(heads=8, kv_heads=1, layout=layout), dtype, device)
 
 
 @every_dtype
-def test_grouped_heads_equal_repeated_ones(dtype: torch.dtype, device: torch.device) -> None:
-    arguments = build(BASE.but(heads=6, kv_heads=2), dtype, device)
+def test_grouped_heads_equal_repeated_ones(
+    spec: OpSpec, dtype: torch.dtype, device: torch.device
+) -> None:
+    arguments = spec.build(BASE.but(heads=6, kv_heads=2), dtype, device)
     repeated = {n: arguments[n].repeat_interleave(3, 1) for n in ("key", "value")}
-    assert_same("out", SPEC.out(**(arguments | repeated)), SPEC.out(**arguments))
+    assert_same("out", spec.out(**(arguments | repeated)), spec.out(**arguments))
 
 
 EMPTY = {
@@ -129,9 +134,6 @@ EMPTY = {
     "keys": Case(keys=0),
     "queries and keys": Case(queries=0, keys=0),
     "keys with a sink": Case(keys=0, sink=True),
-    "batch with everything": SPEC.cases["everything"].but(batch=0),
-    "queries with everything": SPEC.cases["everything"].but(queries=0),
-    "keys with everything": SPEC.cases["everything"].but(keys=0),
     "packed": Case(batch=1, queries=0, keys=0, sequences=((0, 0), (0, 0)), causal=True),
     "merged": Case(batch=0, heads=1, kv_heads=1, layout="merged"),
 }
@@ -139,18 +141,26 @@ EMPTY = {
 
 @every_dtype
 @pytest.mark.parametrize("name", EMPTY)
-def test_sizes_of_zero(name: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_sizes_of_zero(spec: OpSpec, name: str, dtype: torch.dtype, device: torch.device) -> None:
     """Results of the right shape; gradients of what contributes nothing are zeros."""
-    assert_agrees(SPEC, EMPTY[name], dtype, device)
+    assert_agrees(spec, EMPTY[name], dtype, device)
+
+
+@every_dtype
+@pytest.mark.parametrize("size", ("batch", "queries", "keys"))
+def test_everything_of_size_zero(
+    spec: OpSpec, size: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    assert_agrees(spec, spec.cases["everything"].but(**{size: 0}), dtype, device)
 
 
 @every_dtype
 def test_offsets_of_64_bits_and_tokens_after_the_last(
-    dtype: torch.dtype, device: torch.device
+    spec: OpSpec, dtype: torch.dtype, device: torch.device
 ) -> None:
     case = Case(batch=1, queries=20, keys=24, sequences=((7, 9), (0, 3), (8, 6)), causal=True)
-    narrow = assert_arguments_agree(SPEC, build(case, dtype, device))
-    wide = assert_arguments_agree(SPEC, build(case.but(offsets=torch.int64), dtype, device))
+    narrow = assert_arguments_agree(spec, spec.build(case, dtype, device))
+    wide = assert_arguments_agree(spec, spec.build(case.but(offsets=torch.int64), dtype, device))
     for name, result in narrow.items():
         assert torch.equal(result, wide[name])
     assert not narrow["out"][:, :, 15:].any()
@@ -159,14 +169,16 @@ def test_offsets_of_64_bits_and_tokens_after_the_last(
 
 
 @every_dtype
-def test_packed_sequences_equal_separate_calls(dtype: torch.dtype, device: torch.device) -> None:
+def test_packed_sequences_equal_separate_calls(
+    spec: OpSpec, dtype: torch.dtype, device: torch.device
+) -> None:
     pairs = ((7, 9), (12, 6), (1, 5))
     case = Case(batch=1, queries=20, keys=20, sequences=pairs, causal=True, window=4)
-    arguments = build(case, dtype, device)
-    packed = SPEC.out(**arguments)
+    arguments = spec.build(case, dtype, device)
+    packed = spec.out(**arguments)
     m = n = 0
     for queries, keys in pairs:
-        alone = attn_ops.cosine_sim_attention(
+        alone = spec.function(
             arguments["query"][:, :, m : m + queries],
             arguments["key"][:, :, n : n + keys],
             arguments["value"][:, :, n : n + keys],
@@ -179,14 +191,14 @@ def test_packed_sequences_equal_separate_calls(dtype: torch.dtype, device: torch
 
 @every_dtype
 def test_two_halves_of_the_keys_combine_through_lse(
-    dtype: torch.dtype, device: torch.device
+    spec: OpSpec, dtype: torch.dtype, device: torch.device
 ) -> None:
-    arguments = build(BASE, dtype, device)
-    whole, whole_lse = SPEC.run(**arguments)
+    arguments = spec.build(BASE, dtype, device)
+    whole, whole_lse = spec.run(**arguments)
 
     def half(keys: slice) -> tuple[Tensor, ...]:
         part = {name: arguments[name][:, :, keys] for name in ("key", "value")}
-        out, lse = SPEC.run(**(arguments | part))
+        out, lse = spec.run(**(arguments | part))
         return out.to(lse.dtype), lse
 
     (left, left_lse), (right, right_lse) = half(slice(0, 17)), half(slice(17, None))
@@ -197,29 +209,32 @@ def test_two_halves_of_the_keys_combine_through_lse(
     assert (combined - whole).abs().max() <= 4 * torch.finfo(dtype).eps * whole.abs().max()
 
 
-def test_gradient_through_two_halves_is_that_of_the_whole(device: torch.device) -> None:
+def test_gradient_through_two_halves_is_that_of_the_whole(
+    spec: OpSpec, device: torch.device
+) -> None:
     """lse has a gradient of its own, or context parallelism would train on wrong numbers."""
-    arguments = build(BASE, torch.float64, device)
+    arguments = spec.build(BASE, torch.float64, device)
     leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
 
     def half(keys: slice) -> tuple[Tensor, ...]:
         part = {name: arguments[name][:, :, keys] for name in ("key", "value")}
-        return SPEC.run(**(arguments | part))
+        return spec.run(**(arguments | part))
 
     (left, left_lse), (right, right_lse) = half(slice(0, 17)), half(slice(17, None))
     lse = torch.logaddexp(left_lse, right_lse)
     out = (left_lse - lse).exp()[..., None] * left + (right_lse - lse).exp()[..., None] * right
     halves = torch.autograd.grad(out.sin().sum() + lse.sum(), leaves)
-    out, lse = SPEC.run(**arguments)
+    out, lse = spec.run(**arguments)
     for a, e in zip(halves, torch.autograd.grad(out.sin().sum() + lse.sum(), leaves)):
         assert_same("gradient", a, e)
 
 
 def test_tangents_and_second_derivatives_at_zero_vectors_and_empty_rows(
+    spec: OpSpec,
     device: torch.device,
 ) -> None:
-    """Where the norm and the softmax have no derivative of their own."""
-    arguments = build(BASE.but(mask="B1MN", sink=True, batch=1), torch.float64, device)
+    """Where a norm, a distance or the softmax has no derivative of its own."""
+    arguments = spec.build(BASE.but(mask="B1MN", sink=True, batch=1), torch.float64, device)
     arguments["query"][:, :, ::3] = 0
     arguments["key"][:, :, ::4] = 0
     arguments["mask"][:, :, 5:9] = False
@@ -241,6 +256,6 @@ def test_tangents_and_second_derivatives_at_zero_vectors_and_empty_rows(
         along = torch.stack([(g * t).sum() for g, t in zip(grads, tangents)]).sum()
         return [*first, *tangent, *torch.autograd.grad(along, leaves)]
 
-    for i, (a, e) in enumerate(zip(derivatives(SPEC.run), derivatives(formula))):
+    for i, (a, e) in enumerate(zip(derivatives(spec.run), derivatives(spec.formula))):
         assert not e.isnan().any()
         assert_same(f"derivative {i}", a, e)
