@@ -19,7 +19,7 @@ WORDS: dict[object, str] = {True: "yes", False: "no"}
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table. The last three are None where the op has no such argument."""
+    """One row of the table. The last four are None where the op has no such argument."""
 
     device: str
     dtype: torch.dtype
@@ -35,6 +35,7 @@ class Setting:
     normalize: bool | None = None
     feature_map: str | None = None
     decay: bool | None = None
+    edges: int | None = None  # of each query
 
     def pairs(self) -> int:
         """Visible pairs of query and key, a random mask not counted."""
@@ -48,6 +49,7 @@ class Setting:
             "normalized": self.normalize,
             "features": self.feature_map,
             "decay": self.decay,
+            "edges": self.edges,
         }
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -73,25 +75,28 @@ class Inputs:
     mask: Tensor | None  # [B, N], True = may attend
     grad_out: Tensor  # [B, H, N, E]
     decay: Tensor | None = None  # [H], float32
+    edges: Tensor | None = None  # [L, 2], rows (query, key)
 
     def leaves(self) -> tuple[Tensor, ...]:
         """What the backward pass gives gradients of."""
         return self.query, self.key, self.value
 
-    def heads(self, first: int, count: int, group: int) -> Inputs:
-        """`count` key/value heads from `first` on and their query heads, as float64 leaves."""
-        keys, queries = slice(first, first + count), slice(first * group, (first + count) * group)
+    def head(self, batch: int, head: int, group: int) -> Inputs:
+        """One key/value head of one batch and its `group` query heads, as float64 leaves."""
+        rows, keys = slice(batch, batch + 1), slice(head, head + 1)
+        queries = slice(head * group, (head + 1) * group)
 
         def part(x: Tensor, heads: slice) -> Tensor:
-            return x.detach()[:, heads].double().requires_grad_()
+            return x.detach()[rows, heads].double().requires_grad_()
 
-        return Inputs(
-            part(self.query, queries),
-            part(self.key, keys),
-            part(self.value, keys),
-            self.mask,
-            self.grad_out[:, queries].double(),
-            None if self.decay is None else self.decay[queries].double(),
+        return replace(
+            self,
+            query=part(self.query, queries),
+            key=part(self.key, keys),
+            value=part(self.value, keys),
+            mask=None if self.mask is None else self.mask[rows],
+            grad_out=self.grad_out[rows, queries].double(),
+            decay=None if self.decay is None else self.decay[queries].double(),
         )
 
     def tokens_first(self) -> Inputs:
@@ -169,7 +174,8 @@ class Entry:
     work: Callable[[Setting], dict[str, float]]  # by forward, backward, forward+backward
     unit: tuple[str, float]  # work per second is shown in it: its name, and how much it is
     bars: tuple[Bar, ...] = ()
-    # Defaults of those of the last three arguments of Setting that the op has.
+    draw: Callable[[Setting], Inputs] = draw
+    # Defaults of those of the last four arguments of Setting that the op has.
     takes: Mapping[str, Any] = field(default_factory=dict)
     # What `make bench-cpu` and `make bench-gpu` run: other defaults of arguments, in parts.
     presets: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)

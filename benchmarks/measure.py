@@ -32,6 +32,7 @@ class Times:
     with_norm: bool = True
     seconds: list[float] = field(default_factory=list)
     failure: str = ""
+    setup: float = 0.0  # seconds of compiling, of first calls and of comparing with float64
 
     @property
     def fastest(self) -> float:
@@ -61,25 +62,28 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 @dataclass
 class Exact:
-    """The float64 results of the first and the last key/value head, kept for the next contender."""
+    """The float64 results of the first and the last head, kept for the next contender.
+
+    The first head is that of the first batch, the last one that of the last.
+    """
 
     entry: Entry
     key: object = None
-    heads: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    heads: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
 
     def of(
         self, inputs: Inputs, setting: Setting, with_norm: bool
-    ) -> dict[int, list[torch.Tensor]]:
-        """Key/value head -> out, grad_query, grad_key, grad_value of it and its query heads."""
+    ) -> dict[tuple[int, int], list[torch.Tensor]]:
+        """Batch and key/value head -> out and the gradients, of it and its query heads."""
         key = (replace(setting, threads=0), with_norm)  # inputs do not depend on threads
         if self.key != key:
             self.key, self.heads = key, {}
             group = setting.heads // setting.kv_heads
-            for head in {0, setting.kv_heads - 1}:
-                part = inputs.heads(head, 1, group)
+            for batch, head in {(0, 0), (setting.batch - 1, setting.kv_heads - 1)}:
+                part = inputs.head(batch, head, group)
                 out = self.entry.reference(part, setting, with_norm)
                 grads = torch.autograd.grad(out, part.leaves(), part.grad_out)
-                self.heads[head] = [out.detach(), *grads]
+                self.heads[batch, head] = [out.detach(), *grads]
         return self.heads
 
 
@@ -91,21 +95,23 @@ def check(
     Returns what is wrong, or '', and the seconds that the passes took this first time.
     """
     if contender.compiled:
-        first = call()
+        with torch.set_grad_enabled(grad):
+            first = call()
         if grad:
             torch.autograd.grad(first, inputs.leaves(), inputs.grad_out)
     start = time.perf_counter()
-    out = call()
+    with torch.set_grad_enabled(grad):
+        out = call()
     seconds = {"forward": time.perf_counter() - start}
     results = [out]
     if grad:
         results += torch.autograd.grad(out, inputs.leaves(), inputs.grad_out)
         seconds["forward+backward"] = time.perf_counter() - start
-    for head, expected in exact.of(inputs, setting, contender.with_norm).items():
+    for (batch, head), expected in exact.of(inputs, setting, contender.with_norm).items():
         names = ("out", "grad_query", "grad_key", "grad_value")
         for name, result, right in zip(names, results, expected, strict=False):
             per_head = result.shape[1] // setting.kv_heads
-            part = result[:, head * per_head : (head + 1) * per_head]
+            part = result[batch : batch + 1, head * per_head : (head + 1) * per_head]
             error = relative_error(part.detach(), right)
             if not error <= TOLERANCE[setting.dtype]:
                 return f"wrong: {name} is off by {error:.1e}", seconds
@@ -173,9 +179,11 @@ def measure(
     first_round = dict.fromkeys(passes, 0.0)
     for contender in contenders:
         its = inputs.tokens_first() if contender.tokens_first else inputs
+        start = time.perf_counter()
         call, failure, seconds = attempt(exact, contender, its, setting, passes != ["forward"])
+        setup = (time.perf_counter() - start) / len(passes)
         for which in passes:
-            times = Times(contender.name, contender.with_norm, failure=failure)
+            times = Times(contender.name, contender.with_norm, failure=failure, setup=setup)
             results[which].append(times)
             if call is not None and not failure:
                 ready[which].append((times, timed_call(call, its, which)))

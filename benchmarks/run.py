@@ -9,18 +9,27 @@ from __future__ import annotations
 import argparse
 import itertools
 import platform
+import time
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import cosine_sim, linear
-from benchmarks.cases import Entry, Setting, draw
+from benchmarks import cosine_sim, l1, l1_sparse, linear
+from benchmarks.cases import Contender, Entry, Setting
 from benchmarks.measure import Exact, explain, measure
 from benchmarks.report import Row, bars, markdown, write_csv, write_plots
 
-OPS: dict[str, Entry] = {"cosine_sim": cosine_sim.ENTRY, "linear": linear.ENTRY}
+OPS: dict[str, Entry] = {
+    "cosine_sim": cosine_sim.ENTRY,
+    "l1": l1.ENTRY,
+    "l1_scores": l1.SCORES,
+    "l1_sparse": l1_sparse.ENTRY,
+    "linear": linear.ENTRY,
+}
 RESULTS = Path("benchmarks/results")
 PASSES = ["forward", "backward", "forward+backward"]
 YES_NO_BOTH = {"yes": [True], "no": [False], "both": [False, True]}
@@ -57,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--normalize", choices=YES_NO_BOTH, help="of ops that have it")
     p.add_argument("--feature-map", nargs="+", help="of ops that have it")
     p.add_argument("--decay", nargs="?", const="yes", choices=YES_NO_BOTH, help="likewise")
+    p.add_argument("--edges", type=int, nargs="+", help="of each query, likewise")
     only = p.add_mutually_exclusive_group()
     only.add_argument("--only-forwards", action="store_true")
     only.add_argument("--only-backwards", action="store_true", help="backward on a kept graph")
@@ -64,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-times", type=int, default=30, help="rounds at most")
     p.add_argument("--budget", type=float, default=3.0, help="seconds of rounds for one row")
     p.add_argument("--everyone", action="store_true", help="slow and unequal contenders too")
+    p.add_argument(
+        "--skip", nargs="+", default=[], help="words in names of contenders to leave out"
+    )
     p.add_argument("--csv", nargs="?", type=Path, const=Path(), metavar="FILE")
     p.add_argument("--plot", action="store_true", help=f"PNG files in {RESULTS}")
     return p
@@ -84,7 +97,7 @@ def shapes(args: argparse.Namespace) -> Iterator[tuple[int, int, int, int, int]]
 def options(args: argparse.Namespace, entry: Entry) -> Iterator[dict[str, Any]]:
     """What the op takes beside shapes: every combination that was asked for."""
     lists: dict[str, list[Any]] = {}
-    for name in ("normalize", "feature_map", "decay"):
+    for name in ("normalize", "feature_map", "decay", "edges"):
         given = getattr(args, name)
         if name in entry.takes:
             given = given or entry.takes[name]
@@ -155,13 +168,20 @@ def arguments(op: str) -> list[argparse.Namespace]:
     return parsed
 
 
+def left_out(contender: Contender, words: list[str]) -> Contender:
+    """The contender, or one that does not run where its name has one of the words."""
+    if not any(word in contender.name for word in words):
+        return contender
+    return replace(contender, prepare=lambda inputs, setting: "left out")
+
+
 def time_all(args: argparse.Namespace, entry: Entry, exact: Exact, rows: list[Row]) -> None:
     """Appends the rows, and prints each when it is there."""
     for setting in settings(args, entry):
         torch.compiler.reset()
-        contenders = entry.contenders(args.device, args.everyone)
+        contenders = [left_out(c, args.skip) for c in entry.contenders(args.device, args.everyone)]
         try:
-            inputs = draw(setting)
+            inputs = entry.draw(setting)
         except Exception as error:
             print(f"{setting.words()}: {explain(error)}")
             continue
@@ -174,16 +194,27 @@ def time_all(args: argparse.Namespace, entry: Entry, exact: Exact, rows: list[Ro
             print("\n".join(lines if len(rows) == 1 else lines[2:]), flush=True)
 
 
+def setups(rows: list[Row]) -> str:
+    """What was spent on compiling and checking; ours pays for the float64 results too."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        for times in row.times:
+            seconds[times.name] += times.setup
+    words = ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items())
+    return f"compiling and checking: {words}"
+
+
 def run(op: str) -> None:
     """Measures one op, prints, writes."""
     entry, rows = OPS[op], list[Row]()
     parts = arguments(op)
     args = parts[0]
     print(f"{op} on {where(args.device)}\n", flush=True)
-    exact = Exact(entry)
+    exact, start = Exact(entry), time.perf_counter()
     for part in parts:
         time_all(part, entry, exact, rows)
     print("\n" + bars(entry, rows))
+    print(f"took {time.perf_counter() - start:.0f} s, of which {setups(rows)}")
     if args.csv is not None:
         path = args.csv if args.csv.name else RESULTS / f"{op}-{args.device}.csv"
         write_csv(path, entry, rows)

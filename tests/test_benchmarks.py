@@ -11,7 +11,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
-from benchmarks import linear, linear_scaling, run
+from benchmarks import l1, linear, linear_scaling, run
 from benchmarks.cases import Bar, Contender, Entry, Inputs, Setting, draw
 from benchmarks.measure import Exact, Times, measure
 from benchmarks.report import Row, bars
@@ -20,8 +20,12 @@ SETTING = Setting("cpu", torch.float32, 1, 2, 1, 16, 8, 8, causal=True, mask_pro
 LINEAR = replace(
     SETTING, length=150, value_width=5, normalize=True, feature_map="identity", decay=False
 )
+NOTHING_HIDDEN = replace(SETTING, causal=False, mask_prob=0.0)
 SETTINGS = {
     "cosine_sim": [SETTING],
+    "l1": [SETTING, replace(NOTHING_HIDDEN, length=300, value_width=5)],
+    "l1_scores": [NOTHING_HIDDEN, replace(NOTHING_HIDDEN, dtype=torch.bfloat16)],
+    "l1_sparse": [replace(NOTHING_HIDDEN, edges=3, value_width=5)],
     "linear": [
         LINEAR,
         replace(LINEAR, causal=False, normalize=False),
@@ -53,7 +57,8 @@ def outcome(
     exact = Exact(run.OPS[op])
     contender = Contender("it", lambda inputs, setting: lambda: call(inputs))
     passes = ["forward", "forward+backward"]
-    results = measure(exact, [contender], draw(setting), setting, passes, 3, 0.1)
+    inputs = run.OPS[op].draw(setting)
+    results = measure(exact, [contender], inputs, setting, passes, 3, 0.1)
     for (times,) in results.values():
         assert bool(times.seconds) != bool(times.failure)
     return times.failure
@@ -65,13 +70,51 @@ def outcome(
 def test_every_default_contender_is_right(op: str, setting: Setting) -> None:
     ran = 0
     for contender in run.OPS[op].contenders("cpu", everyone=False):
-        if isinstance(contender.prepare(draw(setting), setting), str):
+        if isinstance(contender.prepare(run.OPS[op].draw(setting), setting), str):
             continue  # it says that it cannot
         if contender.compiled and setting is not LINEAR:
             continue  # compiling is slow
         ran += 1
         assert outcome(partial(computed, contender, setting), op, setting) == "", contender.name
     assert ran > 1
+
+
+@pytest.mark.parametrize("setting", SETTINGS["l1"])
+def test_the_formula_that_is_compiled_is_that_of_l1(setting: Setting) -> None:
+    inputs = draw(setting)
+    got = l1.attention(inputs, setting, l1.broadcast_distance)
+    expected = l1.ENTRY.reference(inputs, setting, True)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        expected, torch.ops.attn.l1(*inputs.leaves(), inputs.mask, causal=setting.causal)
+    )
+
+
+def test_a_gradient_of_all_elements_is_not_tried_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(l1, "LARGEST_GRADIENT", 1000)
+    peer = next(c for c in l1.ENTRY.peers if c.compiled)
+    results = measure(Exact(l1.ENTRY), [peer], draw(SETTING), SETTING, ["forward+backward"], 3, 0.1)
+    assert results["forward+backward"][0].failure == "out of memory"
+
+
+def test_left_out_contenders_are_not_prepared() -> None:
+    whole = l1.ENTRY.contenders("cpu", everyone=False)
+    kept = [run.left_out(c, ["cdist", "other"]) for c in whole]
+    assert [c.name for c in kept] == [c.name for c in whole]
+    skipped = [c.name for c in kept if c.prepare(draw(SETTING), SETTING) == "left out"]
+    assert skipped == ["cdist"]
+
+
+@pytest.mark.parametrize("op", SETTINGS)
+def test_few_rows_of_a_preset_for_gpus_compile(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", "--preset", "cuda"])
+    entry = run.OPS[op]
+    compiling = 0
+    for args in run.arguments(op):
+        names = [run.left_out(c, args.skip) for c in entry.contenders("cuda", everyone=False)]
+        slow = [c for c in names if c.compiled and "compiled" in c.name and c in entry.peers]
+        compiling += len(slow) * len(list(run.settings(args, entry)))
+    assert 1 <= compiling <= 2  # each takes about twenty seconds
 
 
 @pytest.mark.parametrize("factor", [1.001, torch.nan])
@@ -123,7 +166,7 @@ def quadratic(inputs: Inputs, setting: Setting) -> Tensor:
 @pytest.mark.parametrize("length", [1, 64, 1100])
 def test_linear_reference_is_the_quadratic_formula(setting: Setting, length: int) -> None:
     setting = replace(setting, length=length)
-    inputs = draw(setting).heads(0, 1, 2)
+    inputs = draw(setting).head(0, 0, 2)
     expected, got = quadratic(inputs, setting), linear.reference(inputs, setting, True)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
