@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cosine_sim, l1, l1_sparse, linear
+from benchmarks import cosine_sim, l1, l1_edges, linear
 from benchmarks.cases import Contender, Entry, Setting
 from benchmarks.measure import Exact, explain, measure
 from benchmarks.report import Row, bars, markdown, write_csv, write_plots
@@ -27,7 +27,7 @@ OPS: dict[str, Entry] = {
     "cosine_sim": cosine_sim.ENTRY,
     "l1": l1.ENTRY,
     "l1_scores": l1.SCORES,
-    "l1_sparse": l1_sparse.ENTRY,
+    "l1_sparse": l1_edges.ENTRY,
     "linear": linear.ENTRY,
 }
 RESULTS = Path("benchmarks/results")
