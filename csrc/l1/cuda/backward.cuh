@@ -91,6 +91,7 @@ class KeyTile {
         if (tile_ >= reach.first && tile_ <= reach.last) query_tile(h, i, reach);
       }
     }
+    copies_wait<0>();
     __syncthreads();
     if (g_.key) store_keys(static_cast<T*>(g_.key));
     if (g_.value) store_values(static_cast<T*>(g_.value));
@@ -106,7 +107,8 @@ class KeyTile {
     Tile<16> grads = {};
     if (warp() < kTileWarps) pairs<true>(h, i * P::kQueries, reach.all, grads);
     ATTN_UNROLL
-    for (int e = 0; e < 16; ++e) sums.at[e / 8][e / 4 % 2][e % 4] += grads.at[e / 8][e / 4 % 2][e % 4];
+    for (int e = 0; e < 16; ++e)
+      sums.at[e / 8][e / 4 % 2][e % 4] += grads.at[e / 8][e / 4 % 2][e % 4];
     __syncthreads();
   }
 
@@ -116,7 +118,7 @@ class KeyTile {
   ATTN_DEVICE Rows<T> rows(const Array& of, int head, int first_row, int count, int width,
                            bool in_pairs, float factor) const {
     return {of.at<T>(b_, head), of.stride[2], of.stride[3], first_row, count, 0,
-            P::kWords, width,        in_pairs,     factor};
+            P::kWords,          width,        in_pairs,     factor};
   }
 
   ATTN_DEVICE void stage_keys() {
@@ -143,7 +145,8 @@ class KeyTile {
     if (warp() < kTileWarps) {
       store_coefficients<T, P>(coefficients, up,
                                memory_ + Memory::kPlanes +
-                                   warp() % kTileRows * 32 * P::kQueryPitch + warp() / kTileRows * 16);
+                                   warp() % kTileRows * 32 * P::kQueryPitch +
+                                   warp() / kTileRows * 16);
     }
     __syncthreads();
     sweep(down);
@@ -175,7 +178,8 @@ class KeyTile {
     copies_wait<0>();
   }
 
-  // The thread's coefficients, or the gradients of its scores; its weights and the warp's largest coefficient go to memory.
+  // The thread's coefficients, or the gradients of its scores; its weights and the warp's largest
+  // coefficient go to memory.
   template <bool kOfScores>
   ATTN_DEVICE void pairs(int h, int first_query, bool all, Tile<16>& coefficients) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -193,13 +197,14 @@ class KeyTile {
       multiply_grad_out<T, P>(value, memory_ + Memory::kRows + column * Memory::kRowPitch,
                               products);
       weigh<kOfScores>(h, first_query, row, column, all, products, coefficients, weights);
-      store_weights<T, P>(weights, memory_ + Memory::kWeights + row * Memory::kWeightPitch +
-                                       column / P::kPart);
+      store_weights<T, P>(
+          weights, memory_ + Memory::kWeights + row * Memory::kWeightPitch + column / P::kPart);
     }
     if constexpr (sizeof(T) == 2) store_largest(coefficients);
   }
 
-  ATTN_DEVICE void given_pairs(int h, int first_query, int first_key, Tile<16>& coefficients) const {
+  ATTN_DEVICE void given_pairs(int h, int first_query, int first_key,
+                               Tile<16>& coefficients) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     ATTN_UNROLL
     for (int e = 0; e < 16; ++e) {
@@ -214,7 +219,8 @@ class KeyTile {
   // Distances become coefficients or gradients of scores.
   template <bool kOfScores>
   ATTN_DEVICE void weigh(int h, int first_query, int row, int column, bool all,
-                         const Tile<16>& products, Tile<16>& coefficients, Tile<16>& weights) const {
+                         const Tile<16>& products, Tile<16>& coefficients,
+                         Tile<16>& weights) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const float4 lse = load4(columns_.lse + column + 4 * t);
     const float4 delta = load4(columns_.delta + column + 4 * t);
@@ -272,8 +278,7 @@ class KeyTile {
     const int keys = warp() % P::kKeySlices * 16, slice = warp() / P::kKeySlices * P::kSlice;
     const int word = slice / P::kPart;
     const bool used = slice < p_.D;
-    float* query_sums =
-        reinterpret_cast<float*>(memory_ + Memory::kRows) + word * P::kQueryPitch;
+    float* query_sums = reinterpret_cast<float*>(memory_ + Memory::kRows) + word * P::kQueryPitch;
     Sweep<T, P> sums(memory_ + word * P::kKeyPitch + keys);
 #pragma unroll 1
     for (int turn = 0; turn < P::kKeySlices; ++turn) {
@@ -288,8 +293,8 @@ class KeyTile {
       __syncthreads();
     }
     if (used) {
-      sums.flush_keys(down, reinterpret_cast<float*>(memory_ + Memory::kKeySums) +
-                                word * P::kKeyPitch + keys);
+      sums.flush_keys(
+          down, reinterpret_cast<float*>(memory_ + Memory::kKeySums) + word * P::kKeyPitch + keys);
     }
   }
 

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(Plan<T, kWidth>::kThreads)
 template <class P>
 constexpr int kDiagonals = P::kQueries + P::kKeys - 1;
 
-// Block (offset, head): all tiles whose corner has key - query = kStep * (offset - query_tiles + 1),
-// kStep the smaller side of a tile. They lie one tile of the larger side apart.
+// Block (offset, head): all tiles whose corner has key - query = kStep * (offset - query_tiles +
+// 1), kStep the smaller side of a tile. They lie one tile of the larger side apart.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(Plan<T, kWidth>::kThreads)
     relative_bias_kernel(const __grid_constant__ Problem p, const __grid_constant__ Gradients g,
@@ -116,8 +116,9 @@ __global__ void __launch_bounds__(kPrepassThreads)
 
 // grad[h, n - m + M - 1] from the diagonals of the offsets. `step` is the smaller side of a tile.
 __global__ void __launch_bounds__(kPrepassThreads)
-    sum_diagonals_kernel(const __grid_constant__ Problem p, const __grid_constant__ BiasGradient bias,
-                         int step, int diagonals, int offsets, float* grad) {
+    sum_diagonals_kernel(const __grid_constant__ Problem p,
+                         const __grid_constant__ BiasGradient bias, int step, int diagonals,
+                         int offsets, float* grad) {
   const int64_t length = int64_t{p.M} + p.N - 1;
   const int64_t i = int64_t{blockIdx.x} * kPrepassThreads + threadIdx.x;
   if (i >= p.H * length) return;

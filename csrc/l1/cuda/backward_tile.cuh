@@ -1,6 +1,6 @@
-// One tile of the backward: 32 or 64 keys that stay, and 32 or 64 queries that change. From distances
-// and from grad_out * value the weights P and the gradients Z = P (grad_out value - delta) of the
-// scores, and P^T grad_out.
+// One tile of the backward: 32 or 64 keys that stay, and 32 or 64 queries that change. From
+// distances and from grad_out * value the weights P and the gradients Z = P (grad_out value -
+// delta) of the scores, and P^T grad_out.
 //
 // Rows of a tile are keys, columns queries: a warp has 32 x 16 of them, a thread keys 4g + 0..3 and
 // queries 4t + 0..3 (distance.cuh; row 16m + g + 8i of the matrix units is key 4g + 2m + i here).
@@ -21,9 +21,9 @@ struct Gradients {
   const float* delta;  // [B,H,M]
   // Contiguous, of the inputs' dtype; null where it is not wanted.
   void *query, *key, *value;
-  float* query_sums;  // [heads of this launch, M, D]; with T = float the gradient itself
-  int* flags;         // [B, H, tiles of queries], zero: how many key tiles are in query_sums
-  int* ticket;        // zero
+  float* query_sums;      // [heads of this launch, M, D]; with T = float the gradient itself
+  int* flags;             // [B, H, tiles of queries], zero: how many key tiles are in query_sums
+  int* ticket;            // zero
   int first_head, heads;  // b * Hk + hk of this launch
   int key_tiles;
 };
@@ -32,21 +32,20 @@ struct Gradients {
 template <class T, class P>
 struct BackwardMemory {
   static constexpr bool kFloat = sizeof(T) == 4;
-  static constexpr int kRowPitch = P::kWords + 4;  // grad_out: [query][word of E]
+  static constexpr int kRowPitch = P::kWords + 4;                  // grad_out: [query][word of E]
   static constexpr int kWeightPitch = P::kQueries / P::kPart + 4;  // [key][word of queries]
   static constexpr int kValuePitch = P::kWidth + 4;                // [key][e]
 
   static constexpr int kQuery = P::kWords * P::kKeyPitch;
   static constexpr int kRows = kQuery + P::kWords * P::kQueryPitch;
   // grad_out, and after it is used up the tile's gradient of the queries.
-  static constexpr int kRowWords = P::kQueries * kRowPitch > P::kWidth * P::kQueryPitch
+  static constexpr int kRowWords = P::kQueries * kRowPitch > P::kWidth* P::kQueryPitch
                                        ? P::kQueries * kRowPitch
                                        : P::kWidth * P::kQueryPitch;
   static constexpr int kPlanes = kRows + kRowWords;
   // float32: weights stand where the coefficients will.
   static constexpr int kWeights = kFloat ? kPlanes : kPlanes + 2 * P::kPlane;
-  static constexpr int kKeySums =
-      kPlanes + 2 * P::kPlane + (kFloat ? 0 : P::kKeys * kWeightPitch);
+  static constexpr int kKeySums = kPlanes + 2 * P::kPlane + (kFloat ? 0 : P::kKeys * kWeightPitch);
   static constexpr int kValueSums = kKeySums + P::kWidth * P::kKeyPitch;
   static constexpr int kColumns = kValueSums + P::kKeys * kValuePitch;
   static constexpr int kLargest = kColumns + 4 * P::kQueries;
@@ -72,25 +71,36 @@ struct Columns {
 
 // --- staging
 
-template <class T, int kPitch>
-ATTN_DEVICE void stage_words(const Rows<T>& from, int rows, int warps, uint32_t* to) {
-#pragma unroll 1
-  for (int group = threadIdx.x / 32; group < rows / kGroupRows; group += warps) {
-    const Place place = key_place(group);
-    copy_row<T, kPitch>(from, place.row, threadIdx.x % kGroupWords, to + place.column);
-  }
-}
-
-// Words of a row of E (or D) elements; zeros beyond.
+// A word of a row as it is; zeros beyond its elements.
 template <class T>
 ATTN_DEVICE uint32_t row_word(const Rows<T>& from, int r, int word) {
   const int size = from.size(r), element = word * kWordElements<T>;
   if (element >= size) return 0;
-  const T* row = from.row(r);
+  const T* row = from.row(r) + element * from.stride;
   if constexpr (sizeof(T) == 4) {
-    return float_bits(row[element * from.stride]);
+    return float_bits(*row);
   } else {
-    return load_pair(row, from.stride, element, size, from.in_pairs);
+    if (from.in_pairs) return *reinterpret_cast<const uint32_t*>(row);
+    return load_pair(row, from.stride, 0, size - element);
+  }
+}
+
+// [word][row], 16 bits as halves times the factor: a warp copies 8 words of 4 rows at once.
+template <class T, int kPitch>
+ATTN_DEVICE void stage_words(const Rows<T>& from, int rows, int warps, uint32_t* to) {
+#pragma unroll 1
+  for (int group = threadIdx.x / 32; group < rows / kGroupRows; group += warps) {
+    const int r = kGroupRows * group + threadIdx.x % 32 / kGroupWords;
+#pragma unroll 4
+    for (int word = threadIdx.x % kGroupWords; word < from.words; word += kGroupWords) {
+      uint32_t* target = to + word * kPitch + r;
+      if constexpr (sizeof(T) == 4) {
+        const bool valid = word < from.size(r);
+        copy4_async(target, valid ? from.row(r) + word * from.stride : from.data, valid);
+      } else {
+        *target = scaled_pair(row_word(from, r, word), from.factor, T{});
+      }
+    }
   }
 }
 
@@ -197,7 +207,7 @@ ATTN_DEVICE void store_weights(const Tile<16>& weights, uint32_t* to) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   ATTN_UNROLL
   for (int i = 0; i < 4; ++i) {
-    const float(&first)[4] = weights.at[i / 2][0], (&second)[4] = weights.at[i / 2][1];
+    const float (&first)[4] = weights.at[i / 2][0], (&second)[4] = weights.at[i / 2][1];
     const int c = i % 2 * 2;
     uint32_t* row = to + (4 * g + i) * kPitch + 4 / P::kPart * t;
     if constexpr (sizeof(T) == 4) {
@@ -242,7 +252,8 @@ ATTN_DEVICE uint32_t column_word(const uint32_t* rows, int word, int e) {
   if constexpr (sizeof(T) == 4) {
     return rows[word * kPitch + e];
   } else {
-    const uint32_t low = rows[2 * word * kPitch + e / 2], high = rows[(2 * word + 1) * kPitch + e / 2];
+    const uint32_t low = rows[2 * word * kPitch + e / 2],
+                   high = rows[(2 * word + 1) * kPitch + e / 2];
     return e % 2 == 0 ? (low & 0xffff) | high << 16 : low >> 16 | (high & 0xffff0000u);
   }
 }

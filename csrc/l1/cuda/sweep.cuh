@@ -125,10 +125,9 @@ class Sweep {
           uint32_t a[4];
           ATTN_UNROLL
           for (int i = 0; i < 4; ++i) {
-            a[i] = block < P::kBlocks
-                       ? signs_of(query[2 * block + i % 2][2 * pair + i / 2],
-                                  key_[quad][2 * block + i % 2], SignKind<T>{})
-                       : float_bits(1.0f);
+            a[i] = block < P::kBlocks ? signs_of(query[2 * block + i % 2][2 * pair + i / 2],
+                                                 key_[quad][2 * block + i % 2], SignKind<T>{})
+                                      : float_bits(1.0f);
           }
           multiply_signs(of_keys_[quad][block], a, b.for_keys[pair], SignKind<T>{});
           multiply_signs(of_queries[block], a, b.for_queries[pair], SignKind<T>{});
@@ -137,7 +136,8 @@ class Sweep {
     }
   }
 
-  // Adds sums of 4 queries or keys, times `down`, to [row_of(d)][query or key] (or puts them there).
+  // Adds sums of 4 queries or keys, times `down`, to [row_of(d)][query or key] (or puts them
+  // there).
   static ATTN_DEVICE void flush(const float (&sums)[P::kSums][4], float down, bool put, float* to,
                                 int pitch) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -149,7 +149,7 @@ class Sweep {
         float* row = to + (16 * block + 8 * i) * pitch;
         const float x = sums[block][2 * i], y = sums[block][2 * i + 1];
         if constexpr (sizeof(T) == 4) {
-          const float(&total)[4] = sums[P::kBlocks];
+          const float (&total)[4] = sums[P::kBlocks];
           const float sum = fmaf(2.0f, x + y, -(total[2 * i] + total[2 * i + 1]));
           row[0] = put ? sum : row[0] + sum;
         } else {

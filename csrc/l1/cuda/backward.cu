@@ -1,0 +1,270 @@
+// attn::_l1_bwd_cuda and attn::_l1_scores_bwd_cuda: shapes in, the kernels of backward*.cuh.
+#include "l1/cuda/backward.cuh"
+
+#include <tuple>
+#include <vector>
+
+#include "l1/cuda/arguments.cuh"
+#include "l1/cuda/backward_bias.cuh"
+#include "l1/cuda/backward_rows.cuh"
+
+namespace attn::cuda::l1 {
+namespace {
+
+using torch::stable::new_zeros;
+
+// float32 sums of the gradients of 16-bit queries exist for as many heads at a time.
+constexpr int64_t kScratchBytes = int64_t{48} << 20;
+// As many blocks keep a GPU busy.
+constexpr int64_t kBusyBlocks = 264;
+
+int64_t tiles_of(int64_t length, int64_t tile) {
+  return (length + tile - 1) / tile;
+}
+
+unsigned grid_size(int64_t blocks) {
+  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "l1: too long for one launch: ", blocks, " blocks");
+  return static_cast<unsigned>(blocks);
+}
+
+// Calls f with the element type and the least padded width that serves.
+template <class F>
+void with_plan(ScalarType dtype, const Problem& p, F f) {
+  const int width = std::max(p.D, p.E);
+  with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (width <= 64) return f(zero, Plan<T, 64>{});
+    if (width <= 128) return f(zero, Plan<T, 128>{});
+    f(zero, Plan<T, 256>{});
+  });
+}
+
+float* floats(const Tensor& tensor) {
+  return static_cast<float*>(tensor.data_ptr());
+}
+
+// Gradients of query, key and value; zeros where no tile is visited.
+template <class T, class P>
+void launch_backward(const Device& device, const Tensor& query, const Problem& p, Gradients g) {
+  const int64_t heads = int64_t{p.B} * p.Hk, group = p.H / p.Hk;
+  const int64_t query_tiles = tiles_of(p.M, P::kQueries);
+  int64_t chunk = heads;
+  OptionalTensor sums;
+  g.query_sums = static_cast<float*>(g.query);
+  if (sizeof(T) == 2 && g.query) {
+    const int64_t floats_of_head = group * p.M * p.D;
+    chunk = std::clamp<int64_t>(kScratchBytes / 4 / floats_of_head, 1, heads);
+    sums = new_empty(query, {chunk * floats_of_head}, ScalarType::Float);
+    g.query_sums = floats(*sums);
+  }
+  const int64_t launches = tiles_of(heads, chunk);
+  const Tensor counters =
+      new_zeros(query, {heads * group * query_tiles + launches}, ScalarType::Int);
+  g.flags = static_cast<int*>(counters.data_ptr());
+  g.ticket = g.flags + heads * group * query_tiles;
+  g.key_tiles = static_cast<int>(tiles_of(p.N, P::kKeys));
+  const bool extras = p.has_extras() || g.grad_scores.data;
+  const auto kernel =
+      extras ? &backward_kernel<T, P::kWidth, true> : &backward_kernel<T, P::kWidth, false>;
+  for (int64_t first = 0; first < heads; first += chunk) {
+    g.first_head = static_cast<int>(first);
+    const int64_t blocks = std::min(chunk, heads - first) * g.key_tiles;
+    launch(device, "l1: backward", kernel, dim3(grid_size(blocks)), P::kThreads,
+           BackwardMemory<T, P>::kBytes, p, g);
+    ++g.ticket;
+  }
+}
+
+void sum_parts(const Device& device, const float* parts, int count, int64_t size, float* out) {
+  launch(device, "l1: sum of parts", &sum_parts_kernel,
+         dim3(grid_size(tiles_of(size, kPrepassThreads))), kPrepassThreads, 0, parts, count, size,
+         out);
+}
+
+// float32, of the shape of bias.
+template <class T, class P>
+Tensor bias_gradient(const Device& device, const Tensor& bias, const Problem& p,
+                     const Gradients& g) {
+  BiasGradient of{};
+  of.B = static_cast<int>(bias.size(0));
+  of.H = static_cast<int>(bias.size(1));
+  of.M = static_cast<int>(bias.size(2));
+  of.N = static_cast<int>(bias.size(3));
+  of.query_tiles = static_cast<int>(tiles_of(p.M, P::kQueries));
+  of.key_tiles = static_cast<int>(tiles_of(p.N, P::kKeys));
+  const int64_t owned =
+      int64_t{of.B} * of.H * tiles_of(of.M, P::kQueries) * tiles_of(of.N, P::kKeys);
+  const int64_t tiles = int64_t{p.B} * p.H * of.query_tiles * of.key_tiles;
+  of.parts = static_cast<int>(std::clamp<int64_t>(kBusyBlocks / owned, 1, tiles / owned));
+  const Tensor out = new_empty(bias, bias.sizes(), ScalarType::Float);
+  const Tensor parts =
+      of.parts == 1 ? out : new_empty(bias, {of.parts, bias.numel()}, ScalarType::Float);
+  of.out = floats(parts);
+  launch(device, "l1: gradient of bias", &bias_kernel<T, P::kWidth>,
+         dim3(grid_size(owned), static_cast<unsigned>(of.parts)), P::kThreads,
+         BackwardMemory<T, P>::kBytes, p, g, of);
+  if (of.parts > 1) sum_parts(device, of.out, of.parts, bias.numel(), floats(out));
+  return out;
+}
+
+template <class T, class P>
+void relative_bias_gradient(const Device& device, const Problem& p, const Gradients& g,
+                            const Tensor& out) {
+  BiasGradient of{};
+  of.query_tiles = static_cast<int>(tiles_of(p.M, P::kQueries));
+  of.key_tiles = static_cast<int>(tiles_of(p.N, P::kKeys));
+  const int ratio = P::kKeys / P::kQueries;
+  const int offsets = of.query_tiles + ratio * (of.key_tiles - 1);
+  const Tensor sums = new_empty(out, {p.H, offsets, kDiagonals<P>}, ScalarType::Float);
+  of.out = floats(sums);
+  launch(device, "l1: gradient of relative_bias", &relative_bias_kernel<T, P::kWidth>,
+         dim3(static_cast<unsigned>(offsets), static_cast<unsigned>(p.H)), P::kThreads,
+         BackwardMemory<T, P>::kBytes, p, g, of);
+  launch(device, "l1: sum of diagonals", &sum_diagonals_kernel,
+         dim3(grid_size(tiles_of(out.numel(), kPrepassThreads))), kPrepassThreads, 0, p, of,
+         P::kQueries, kDiagonals<P>, offsets, floats(out));
+}
+
+// The gradient of an input, or an empty tensor if it is not wanted.
+Tensor new_gradient(const Tensor& query, const OptionalTensor& input, bool wanted) {
+  if (wanted && input.has_value()) return new_zeros(*input, input->sizes());
+  return new_empty(query, {0}, input.has_value() ? input->scalar_type() : query.scalar_type());
+}
+void* data_if(const Tensor& tensor, bool wanted) {
+  return wanted ? tensor.data_ptr() : nullptr;
+}
+
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+void check_results(const Problem& p, const Tensor& query, const Tensor& grad_out,
+                   const OptionalTensor& grad_lse, const Tensor& out, const Tensor& lse,
+                   const std::vector<bool>& output_mask) {
+  const ScalarType dtype = query.scalar_type();
+  STD_TORCH_CHECK(output_mask.size() == 6, "l1: output_mask must have 6 elements, got ",
+                  output_mask.size());
+  check_dtype(kOp, "grad_out", grad_out, dtype);
+  check_shape(kOp, "grad_out", grad_out, {p.B, p.H, p.M, p.E});
+  check_parameter(kOp, "grad_lse", grad_lse, dtype, {p.B, p.H, p.M});
+  check_dtype(kOp, "out", out, dtype);
+  check_shape(kOp, "out", out, {p.B, p.H, p.M, p.E});
+  check_parameter(kOp, "lse", lse, dtype, {p.B, p.H, p.M});
+  check_device(query, "grad_out", grad_out);
+  check_device(query, "grad_lse", grad_lse);
+  check_device(query, "out", out);
+  check_device(query, "lse", lse);
+}
+
+// delta and lse of the rows, [2, B, H, M].
+Tensor row_pass(const Device& device, const Tensor& query, const Problem& p, Gradients& g,
+                const OptionalTensor& grad_lse) {
+  const int64_t rows = int64_t{p.B} * p.H * p.M;
+  const Tensor result = new_empty(query, {2, rows}, ScalarType::Float);
+  const RowPass pass{array(grad_lse), floats(result), floats(result) + rows};
+  g.lse = pass.lse;
+  g.delta = pass.delta;
+  with_type(query.scalar_type(), [&](auto zero) {
+    launch(device, "l1: rows", &rows_kernel<decltype(zero)>,
+           dim3(grid_size(tiles_of(rows, kRowThreads / 32))), kRowThreads, 0, p, g.grad_out, pass);
+  });
+  return result;
+}
+
+Six backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
+             const Tensor& key, const Tensor& value, const OptionalTensor& mask,
+             const OptionalTensor& bias, const OptionalTensor& relative_bias,
+             const OptionalTensor& sink, const OptionalTensor& start, const OptionalTensor& stop,
+             const Tensor& out, const Tensor& lse, int64_t left, int64_t right, double scale,
+             std::optional<double> eps, std::vector<bool> output_mask) {
+  Problem p = make_problem(
+      {query, key, value, mask, bias, relative_bias, sink, start, stop, left, right, scale, eps});
+  check_results(p, query, grad_out, grad_lse, out, lse, output_mask);
+  p.out = array(out);
+  p.lse = array(lse);
+  const OptionalTensor inputs[6] = {query, key, value, bias, relative_bias, sink};
+  Tensor grads[6];
+  for (int i = 0; i < 6; ++i) grads[i] = new_gradient(query, inputs[i], output_mask[i]);
+  const auto result = [&] {
+    return Six{grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
+  };
+  if (query.numel() == 0 || key.numel() == 0) {
+    // Without keys there still are sinks, whose gradient is that of lse.
+    if (query.numel() == 0 || !sink.has_value() || !output_mask[5]) return result();
+  }
+  const Device device(query);
+  Gradients g{};
+  g.grad_out = array(grad_out);
+  g.grad_out_in_pairs = in_pairs(grad_out);
+  const Tensor rows = row_pass(device, query, p, g, grad_lse);
+  if (sink.has_value() && output_mask[5]) {
+    launch(device, "l1: gradient of sink", &sink_kernel, dim3(static_cast<unsigned>(p.H)),
+           kRowThreads, kRowThreads * sizeof(float), p, g.lse, g.delta, floats(grads[5]));
+  }
+  if (key.numel() == 0) return result();
+  const OptionalTensor largest = find_largest(device, query, p);
+  g.query = data_if(grads[0], output_mask[0]);
+  g.key = data_if(grads[1], output_mask[1]);
+  g.value = data_if(grads[2], output_mask[2]);
+  with_plan(query.scalar_type(), p, [&](auto zero, auto plan) {
+    using T = decltype(zero);
+    using P = decltype(plan);
+    if (g.query || g.key || g.value) launch_backward<T, P>(device, query, p, g);
+    if (bias.has_value() && output_mask[3]) grads[3] = bias_gradient<T, P>(device, *bias, p, g);
+    if (relative_bias.has_value() && output_mask[4]) {
+      relative_bias_gradient<T, P>(device, p, g, grads[4]);
+    }
+  });
+  if (bias.has_value() && output_mask[3]) {
+    grads[3] = torch::stable::to(grads[3], bias->scalar_type());
+  }
+  return result();
+}
+
+std::tuple<Tensor, Tensor> scores_backward(const Tensor& grad, const Tensor& query,
+                                           const Tensor& key, double scale,
+                                           std::vector<bool> output_mask) {
+  check_query_key_value("l1_scores", query, key, key);
+  STD_TORCH_CHECK(output_mask.size() == 2, "l1_scores: output_mask must have 2 elements, got ",
+                  output_mask.size());
+  Problem p = make_problem(query, key, scale, std::nullopt);
+  if (grad.scalar_type() != query.scalar_type()) {
+    check_dtype("l1_scores", "grad", grad, ScalarType::Float);
+  }
+  check_shape("l1_scores", "grad", grad, {p.B, p.H, p.M, p.N});
+  check_device(query, "grad", grad);
+  p.left = p.right = Visibility::kUnbounded;
+  const Tensor grad_query = new_gradient(query, query, output_mask[0]);
+  const Tensor grad_key = new_gradient(query, key, output_mask[1]);
+  if (query.numel() == 0 || key.numel() == 0 || !(output_mask[0] || output_mask[1])) {
+    return {grad_query, grad_key};
+  }
+  const Device device(query);
+  const OptionalTensor largest = find_largest(device, query, p);
+  Gradients g{};
+  g.grad_scores = array(grad);
+  g.grad_scores_is_float = grad.scalar_type() == ScalarType::Float;
+  g.query = data_if(grad_query, output_mask[0]);
+  g.key = data_if(grad_key, output_mask[1]);
+  with_plan(query.scalar_type(), p, [&](auto zero, auto plan) {
+    launch_backward<decltype(zero), decltype(plan)>(device, query, p, g);
+  });
+  return {grad_query, grad_key};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
+  m.def(
+      "_l1_bwd_cuda(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor? mask, Tensor? bias, Tensor? relative_bias, Tensor? sink, Tensor? start, "
+      "Tensor? stop, Tensor out, Tensor lse, SymInt left, SymInt right, float scale, float? eps, "
+      "bool[] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+      "Tensor grad_bias, Tensor grad_relative_bias, Tensor grad_sink)");
+  m.def(
+      "_l1_scores_bwd_cuda(Tensor grad, Tensor query, Tensor key, float scale, "
+      "bool[] output_mask) -> (Tensor grad_query, Tensor grad_key)");
+}
+STABLE_TORCH_LIBRARY_IMPL(attn, ATTN_DISPATCH_KEY, m) {
+  m.impl("_l1_bwd_cuda", TORCH_BOX(&backward));
+  m.impl("_l1_scores_bwd_cuda", TORCH_BOX(&scores_backward));
+}
+
+}  // namespace
+}  // namespace attn::cuda::l1
