@@ -38,6 +38,7 @@ def linear(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 # One line per family. Each takes [B, H, M, D] and lets no byte see a later one.
 ATTENTIONS: dict[str, Callable[..., Tensor]] = {
     "cosine_sim": partial(attn_ops.cosine_sim_attention, causal=True),
+    "l1": partial(attn_ops.l1_attention, causal=True),
     "linear": linear,
     "softmax": partial(F.scaled_dot_product_attention, is_causal=True),
 }

@@ -76,7 +76,8 @@ def test_trains_packages_and_runs_the_package_in_a_fresh_process(text: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "attention, ops", {"softmax": [], "linear": ["attn.linear.default"]}.items()
+    "attention, ops",
+    {"softmax": [], "linear": ["attn.linear.default"], "l1": ["attn.l1.default"]}.items(),
 )
 def test_without_a_compiler_the_exported_program_is_what_remains(
     attention: str, ops: list[str], text: Path, no_compiler: None, capfd: pytest.CaptureFixture[str]
