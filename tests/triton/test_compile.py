@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # Bytes of stack per thread: some spills measure faster than smaller blocks, thousands never do.
 STACK = 512
 
@@ -135,6 +135,23 @@ def launch_linear(dtype: torch.dtype, width: int, with_terms: bool) -> None:
         kernels.step(*one, tensors[2], tensors[3], tensors[1], *options[1:])
 
 
+def launch_l1_sparse(dtype: torch.dtype, width: int, with_terms: bool) -> None:
+    """The same; with terms also in the reverse direction and with heads that share a key head."""
+    from attn_ops.l1 import triton_sparse
+
+    tokens, count = 1024, 20000
+    query, key, value = inputs(dtype, width)
+    key, value = (key, value) if with_terms else (query, query)
+    sizes = (tokens + 1, count, tokens + 1, count, count)
+    lists = [empty(size, dtype=torch.int64) for size in sizes]
+    arguments = (query, key, value, value if with_terms else None, *lists)
+    options = (with_terms, True, 0.125)  # without softmax, or with it
+    out, weight = triton_sparse.forward(*arguments, *options)
+    grad_out = empty(*out.shape, dtype=dtype)
+    wanted = [True] * 3 + [with_terms]
+    triton_sparse.backward(grad_out, *arguments, weight, *options, wanted)
+
+
 def check(compiled: list[tuple[str, Any]], capability: int, most: int = STACK) -> None:
     for name, kernel in compiled:
         shared, stack = kernel.metadata.shared, stack_bytes(kernel)
@@ -200,3 +217,30 @@ def test_kernels_of_linear_fit(
     names = {name for name, _ in compiled}
     assert len(names) == (8 if with_terms else 3), names
     check(compiled, capability, stack)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "with_terms"),
+    [
+        (80, torch.float16, 64, True),
+        (89, torch.float32, 256, True),
+        (90, torch.float32, 64, True),
+        (90, torch.float32, 128, False),
+        (90, torch.bfloat16, 13, True),
+        (100, torch.bfloat16, 64, False),
+    ],
+)
+def test_kernels_of_sparse_l1_fit(
+    compiled: list[tuple[str, Any]],
+    capability: int,
+    dtype: torch.dtype,
+    width: int,
+    with_terms: bool,
+) -> None:
+    launch_l1_sparse(dtype, width, with_terms)
+    names = [name for name, _ in compiled]
+    # Over pieces and over rows; the rows of the backward in three steps.
+    columns = 4 if with_terms else 2
+    assert names.count("forward_kernel") == 2 and names.count("rows_kernel") == 3
+    assert names.count("columns_kernel") == columns and len(names) == 5 + columns
+    check(compiled, capability)
