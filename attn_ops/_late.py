@@ -17,6 +17,7 @@ from typing import Any
 
 # Each of these modules has a function `register()`.
 REGISTRATIONS = {
+    "torch.distributed.tensor": "attn_ops.distributed.sharding",
     "torch.utils.flop_counter": "attn_ops._flops",
 }
 

@@ -1,0 +1,1 @@
+"""Attention over several processes: how DTensor may shard it."""
