@@ -30,7 +30,8 @@ class MultiheadAttention(nn.Module):
         attention: called as ``attention(query, key, value, **options)`` with ``[B, H, M, D]``,
             ``[B, Hk, N, D]``, ``[B, Hk, N, D]``, returns ``[B, H, M, D]``. Options that never
             change are given once: ``functools.partial(cosine_sim_attention, groups=4)``.
-            ``F.scaled_dot_product_attention`` fits as well (``enable_gqa=True`` for grouped heads).
+            ``l1_attention``, ``linear_attention`` and ``F.scaled_dot_product_attention`` fit as
+            well (the last with ``enable_gqa=True`` for grouped heads).
         head_dim: width D of a head; ``dim // heads`` by default.
         context_dim: width of the context; ``dim`` by default.
         bias: whether the four projections have a bias.
@@ -131,7 +132,8 @@ def rotary(x: Tensor, base: float = 10000.0, start: int = 0) -> Tensor:
     """Rotary position embedding: the pair ``(x[d], x[d + D/2])`` turned by ``m * base**(-2d/D)``.
 
     The product of two rotated vectors depends on their distance, not on their positions. A
-    rotation keeps lengths: normalising after it equals normalising before it.
+    rotation keeps lengths: normalising after it equals normalising before it. It does not keep L1
+    distances, which then depend on the positions too, by a factor of at most ``sqrt(2)``.
 
     Args:
         x: ``[..., M, D]``, D even; the position ``m`` is the index along ``M``, plus ``start``.
