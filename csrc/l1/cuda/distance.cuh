@@ -34,6 +34,12 @@ ATTN_HOST_DEVICE int padded_words(int D) {
   return (words + kWordStep - 1) / kWordStep * kWordStep;
 }
 
+template <class T>
+ATTN_HOST_DEVICE int slice_words(int D) {
+  const int words = padded_words<T>(D);
+  return words < kSliceWords ? words : kSliceWords;
+}
+
 ATTN_DEVICE int key_of(int t, int h, int c) {
   return 16 * (h / 2) + 4 * t + 2 * (h % 2) + c % 2;
 }
@@ -48,19 +54,18 @@ struct Tile {
 
 // --- float32: two additions per element.
 
-template <int kKeys>
+template <int kKeys, int kRowPitch = kQueryPitch, int kColumnPitch = kKeyPitch<kKeys>>
 ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, int words,
                                Tile<kKeys>& sums, float) {
 #pragma unroll 1
   for (int w = 0; w < words; w += kWordStep) {
     ATTN_UNROLL
     for (int step = 0; step < kWordStep; ++step) {
-      const float4 q = load4(reinterpret_cast<const float*>(queries + step * kQueryPitch));
+      const float4 q = load4(reinterpret_cast<const float*>(queries + step * kRowPitch));
       const float query[4] = {q.x, q.y, q.z, q.w};
       ATTN_UNROLL
       for (int j = 0; j < kKeys / 16; ++j) {
-        const float4 k =
-            load4(reinterpret_cast<const float*>(keys + step * kKeyPitch<kKeys> + 16 * j));
+        const float4 k = load4(reinterpret_cast<const float*>(keys + step * kColumnPitch + 16 * j));
         const float key[4] = {k.x, k.y, k.z, k.w};
         ATTN_UNROLL
         for (int i = 0; i < 4; ++i) {
@@ -71,8 +76,8 @@ ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, in
         }
       }
     }
-    queries += kWordStep * kQueryPitch;
-    keys += kWordStep * kKeyPitch<kKeys>;
+    queries += kWordStep * kRowPitch;
+    keys += kWordStep * kColumnPitch;
   }
 }
 
@@ -94,7 +99,7 @@ ATTN_DEVICE uint32_t two_differences(uint32_t q0, uint32_t k0, uint32_t q1, uint
   return add_both_abs_half2(sub_half2(q0, k0), sub_half2(q1, k1));
 }
 
-template <int kKeys>
+template <int kKeys, int kRowPitch = kQueryPitch, int kColumnPitch = kKeyPitch<kKeys>>
 ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, int words,
                                Tile<kKeys>& sums, Half) {
   const Selector own = own_columns();
@@ -102,13 +107,13 @@ ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, in
   for (int w = 0; w < words; w += kWordStep) {
     ATTN_UNROLL
     for (int step = 0; step < kWordStep; step += 2) {
-      const uint4 qa = load4(queries + step * kQueryPitch);
-      const uint4 qb = load4(queries + (step + 1) * kQueryPitch);
+      const uint4 qa = load4(queries + step * kRowPitch);
+      const uint4 qb = load4(queries + (step + 1) * kRowPitch);
       const uint32_t query_a[4] = {qa.x, qa.y, qa.z, qa.w}, query_b[4] = {qb.x, qb.y, qb.z, qb.w};
       ATTN_UNROLL
       for (int j = 0; j < kKeys / 16; ++j) {
-        const uint4 ka = load4(keys + step * kKeyPitch<kKeys> + 16 * j);
-        const uint4 kb = load4(keys + (step + 1) * kKeyPitch<kKeys> + 16 * j);
+        const uint4 ka = load4(keys + step * kColumnPitch + 16 * j);
+        const uint4 kb = load4(keys + (step + 1) * kColumnPitch + 16 * j);
         const uint32_t key_a[4] = {ka.x, ka.y, ka.z, ka.w}, key_b[4] = {kb.x, kb.y, kb.z, kb.w};
         ATTN_UNROLL
         for (int m = 0; m < 2; ++m) {
@@ -125,8 +130,8 @@ ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, in
         }
       }
     }
-    queries += kWordStep * kQueryPitch;
-    keys += kWordStep * kKeyPitch<kKeys>;
+    queries += kWordStep * kRowPitch;
+    keys += kWordStep * kColumnPitch;
   }
 }
 

@@ -14,10 +14,14 @@ void launch_forward(const Device& device, const Problem& p) {
   const int64_t blocks = (int64_t{p.M} + kQueries - 1) / kQueries * p.B * p.H * parts;
   STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "l1: too many queries for one launch: ", blocks,
                   " blocks of ", kQueries);
-  const auto kernel = p.has_extras() ? &forward_kernel<T, kKeys, kWidth, true>
-                                     : &forward_kernel<T, kKeys, kWidth, false>;
-  launch(device, "l1: forward", kernel, dim3(static_cast<unsigned>(blocks)), kThreads,
-         ForwardMemory::bytes<T, kKeys, kWidth>(p.D), p);
+  const dim3 grid(static_cast<unsigned>(blocks));
+  if (p.has_extras()) {
+    launch(device, "l1: forward", &forward_kernel<T, kKeys, kWidth, true>, grid, kThreads,
+           ForwardMemory::at<T, kKeys, kWidth, true>(nullptr, p.D).bytes, p);
+  } else {
+    launch(device, "l1: forward", &forward_kernel<T, kKeys, kWidth, false>, grid, kThreads,
+           ForwardMemory::at<T, kKeys, kWidth, false>(nullptr, p.D).bytes, p);
+  }
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,

@@ -7,39 +7,29 @@
 
 namespace attn::cuda::l1 {
 
-// Shared memory of a block; words of 4 bytes.
+// Shared memory of a block.
 struct ForwardMemory {
   uint32_t *queries, *keys, *values;
+  float* added;       // to the scores of every query and key of a tile
   Interval* visible;  // of every query
   Span* spans;        // of every warp
+  size_t bytes;
 
-  template <class T, int kKeys, int kWidth>
-  static ATTN_HOST_DEVICE size_t bytes(int D) {
-    return sizeof(uint32_t) * (key_offset<T>(D) + slice_words<T>(D) * kKeyPitch<kKeys>)+sizeof(T) *
-               kKeys * kWidth +
-           sizeof(Interval) * kQueries + sizeof(Span) * kWarps;
-  }
-  template <class T>
-  static ATTN_HOST_DEVICE int slice_words(int D) {
-    const int words = padded_words<T>(D);
-    return words < kSliceWords ? words : kSliceWords;
-  }
-
-  template <class T, int kKeys, int kWidth>
-  static ATTN_DEVICE ForwardMemory of_block(int D) {
+  template <class T, int kKeys, int kWidth, bool kExtras>
+  static ATTN_HOST_DEVICE ForwardMemory at(uint32_t* start, int D) {
+    const int words = slice_words<T>(D);
+    const int value_words = kKeys * kWidth / kWordElements<T>;
+    const int added_words = kExtras ? kQueries * kAddedPitch<kKeys> : 0;
     ForwardMemory memory;
-    memory.queries = shared_memory<uint32_t>();
-    memory.keys = memory.queries + key_offset<T>(D);
-    memory.values = memory.keys + slice_words<T>(D) * kKeyPitch<kKeys>;
-    memory.visible = reinterpret_cast<Interval*>(memory.values + kKeys * kWidth / kWordElements<T>);
+    memory.queries = start;
+    memory.keys = memory.queries + words * kQueryPitch;
+    memory.values = memory.keys + words * kKeyPitch<kKeys>;
+    memory.added = reinterpret_cast<float*>(memory.values + value_words);
+    memory.visible = reinterpret_cast<Interval*>(memory.added + added_words);
     memory.spans = reinterpret_cast<Span*>(memory.visible + kQueries);
+    memory.bytes = sizeof(uint32_t) * (words * (kQueryPitch + kKeyPitch<kKeys>)+value_words +
+                                       added_words + 2 * kQueries + 4 * kWarps);
     return memory;
-  }
-
- private:
-  template <class T>
-  static ATTN_HOST_DEVICE int key_offset(int D) {
-    return slice_words<T>(D) * kQueryPitch;
   }
 };
 
@@ -104,7 +94,7 @@ ATTN_DEVICE void write_rows(const Problem& p, const BlockIndex& block, const Row
 template <class T, int kKeys, int kWidth, bool kExtras>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ Problem p) {
   const BlockIndex block(p, kWidth);
-  const auto memory = ForwardMemory::of_block<T, kKeys, kWidth>(p.D);
+  const auto memory = ForwardMemory::at<T, kKeys, kWidth, kExtras>(shared_memory<uint32_t>(), p.D);
   const Factor factor = common_factor<T>(p, block.b, block.hk);
   Span of_warp, of_block;
   find_spans(p, block, memory, of_warp, of_block);
@@ -121,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
                          p.value_in_pairs};
   KeyStage<T, kKeys> key_stage;
   ValueStage<T, kKeys, kWidth> value_stage;
-  Softmax<T, kExtras> softmax(p, block.b, block.h, block.first_query, memory.visible, factor.down);
+  Softmax<T, kExtras> softmax(p, block, memory.visible, memory.added, factor.down);
   float out[2][kWidth / 8][4] = {};
   stage_queries(queries, memory.queries);
   key_stage.fetch(keys, memory.keys);
@@ -134,9 +124,8 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
     const bool full = first >= of_warp.full_begin && first + kKeys <= of_warp.full_end;
     value_stage.fetch(values, first, memory.values);
     Tile<kKeys> tile = {};
-    if (seen) add_distances<T, kKeys>(memory.queries, memory.keys, keys.words, tile);
-    if (sliced) add_later_slices(queries, keys, memory.queries, memory.keys, tile);
-    value_stage.commit(memory.values);
+    add_all_distances(queries, keys, memory.queries, memory.keys, seen, tile);
+    value_stage.commit(values, first, memory.values);
     __syncthreads();
     keys.first_row = first + kKeys;
     if (sliced) stage_queries(queries, memory.queries);

@@ -70,8 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2) scores_kernel(const __grid_consta
 #pragma unroll 1
   for (int first = begin; first < end; first += kScoreKeys) {
     Tile<kScoreKeys> tile = {};
-    add_distances<T, kScoreKeys>(query_words, key_words, keys.words, tile);
-    if (sliced) add_later_slices(queries, keys, query_words, key_words, tile);
+    add_all_distances(queries, keys, query_words, key_words, /*seen=*/true, tile);
     __syncthreads();
     keys.first_row = first + kScoreKeys;
     if (sliced) stage_queries(queries, query_words);

@@ -1,7 +1,7 @@
 // The softmax of the forward: what every query sees, weights with a running maximum, row sums.
 #pragma once
 
-#include "l1/cuda/distance.cuh"
+#include "l1/cuda/stage.cuh"
 
 namespace attn::cuda::l1 {
 
@@ -78,17 +78,39 @@ struct Units<true> {
   ATTN_DEVICE float natural(float reference) const { return reference; }
 };
 
+// What is added to scores lies by queries; the pitch shifts rows by 4 banks.
+template <int kKeys>
+constexpr int kAddedPitch = kKeys + 4;
+
+// Notes what is added to the scores of this warp's queries: -inf for keys that are not seen.
+template <class T, int kKeys>
+ATTN_DEVICE void stage_added(const Problem& p, const BlockIndex& block, const Interval* visible,
+                             int first, float* to) {
+  const int first_query = block.first_query + threadIdx.x / 32 * kWarpQueries;
+#pragma unroll 2
+  for (int i = 0; i < kWarpQueries; ++i) {
+    const Interval keys = visible[i];
+    ATTN_UNROLL
+    for (int key = threadIdx.x % 32; key < kKeys; key += 32) {
+      const int n = first + key;
+      to[i * kAddedPitch<kKeys> + key] =
+          n >= keys.begin && n < keys.end
+              ? added_to_score<T>(p, block.b, block.h, first_query + i, n)
+              : -INFINITY;
+    }
+  }
+}
+
 // The four rows of a thread.
 template <class T, bool kExtras>
 class Softmax {
  public:
-  ATTN_DEVICE Softmax(const Problem& p, int b, int h, int first_query, const Interval* visible,
-                      float down)
+  ATTN_DEVICE Softmax(const Problem& p, const BlockIndex& block, const Interval* visible,
+                      float* added, float down)
       : p_(p),
-        b_(b),
-        h_(h),
-        first_query_(first_query),
-        visible_(visible),
+        block_(block),
+        visible_(visible + threadIdx.x / 32 * kWarpQueries),
+        added_(added),
         down_(down),
         units_(p, down) {}
 
@@ -123,7 +145,7 @@ class Softmax {
   }
 
   ATTN_DEVICE void finish(RowSums (&rows)[4]) const {
-    const float sink = p_.sink.data ? *p_.sink.at<float>(h_) : -INFINITY;
+    const float sink = p_.sink.data ? *p_.sink.at<float>(block_.h) : -INFINITY;
     ATTN_UNROLL
     for (int i = 0; i < 4; ++i) {
       float sum = sum_[i] + shuffle_xor(sum_[i], 1);
@@ -153,45 +175,49 @@ class Softmax {
     return fmaxf(largest, shuffle_xor(largest, 2));
   }
 
-  // f(value, query of the block, key) for every pair that this thread owns.
-  template <int kKeys, class F>
-  static ATTN_DEVICE void for_each(Tile<kKeys>& tile, int first, F f) {
-    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  template <int kKeys>
+  ATTN_DEVICE void hide(Tile<kKeys>& tile, int first) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     ATTN_UNROLL
-    for (int m = 0; m < 2; ++m) {
+    for (int i = 0; i < 4; ++i) {
+      const Interval keys = visible_[g + 8 * i];
       ATTN_UNROLL
       for (int h = 0; h < kKeys / 8; ++h) {
         ATTN_UNROLL
-        for (int c = 0; c < 4; ++c) {
-          const int query = warp * kWarpQueries + query_of(g, m, c);
-          f(tile.at[m][h][c], query, first + key_of(t, h, c));
+        for (int c = 0; c < 2; ++c) {
+          const int key = first + key_of(t, h, c);
+          if (key < keys.begin || key >= keys.end) tile.at[i / 2][h][2 * (i % 2) + c] = INFINITY;
         }
       }
     }
   }
 
-  template <int kKeys>
-  ATTN_DEVICE void hide(Tile<kKeys>& tile, int first) const {
-    for_each(tile, first, [&](float& distance, int query, int key) {
-      const Interval keys = visible_[query];
-      if (key < keys.begin || key >= keys.end) distance = INFINITY;
-    });
-  }
-
+  // Scores with biases; they pass through shared memory, so that a row is read in one piece.
   template <int kKeys>
   ATTN_DEVICE void score(Tile<kKeys>& tile, int first) const {
-    for_each(tile, first, [&](float& x, int query, int key) {
-      const Interval keys = visible_[query];
-      const bool visible = key >= keys.begin && key < keys.end;
-      x = visible
-              ? score_of(p_, x * down_) + added_to_score<T>(p_, b_, h_, first_query_ + query, key)
-              : -INFINITY;
-    });
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float* added = added_ + warp * kWarpQueries * kAddedPitch<kKeys>;
+    stage_added<T, kKeys>(p_, block_, visible_, first, added);
+    sync_warp();
+    ATTN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      ATTN_UNROLL
+      for (int j = 0; j < kKeys / 16; ++j) {
+        const float4 four = load4(added + (g + 8 * i) * kAddedPitch<kKeys> + 16 * j + 4 * t);
+        const float more[4] = {four.x, four.y, four.z, four.w};
+        ATTN_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          float& x = tile.at[i / 2][2 * j + c / 2][2 * (i % 2) + c % 2];
+          x = score_of(p_, x * down_) + more[c];
+        }
+      }
+    }
   }
 
   const Problem& p_;
-  int b_, h_, first_query_;
-  const Interval* visible_;
+  const BlockIndex& block_;
+  const Interval* visible_;  // of this warp's queries
+  float* added_;
   float down_;
   Units<kExtras> units_;
   float reference_[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};

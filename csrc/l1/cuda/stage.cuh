@@ -13,14 +13,13 @@ ATTN_DEVICE uint32_t pack(float low, float high) {
   return std::is_same_v<T, Half> ? pack_half(low, high) : pack_bfloat(low, high);
 }
 
-// Elements i and i + 1 of a row as they are; zeros from element `size` on.
+// Elements i and i + 1 of a row as they are, wherever they stand; zeros from element `size` on.
 template <class T>
-ATTN_DEVICE uint32_t load_pair(const T* row, int64_t stride, int i, int size, bool in_pairs) {
+ATTN_DEVICE uint32_t load_pair(const T* row, int64_t stride, int i, int size) {
   static_assert(sizeof(T) == 2);
-  if (i >= size) return 0;
-  if (in_pairs) return *reinterpret_cast<const uint32_t*>(row + i);
   const auto* first = reinterpret_cast<const uint16_t*>(row) + i * stride;
-  return first[0] | (i + 1 < size ? static_cast<uint32_t>(first[stride]) << 16 : 0);
+  return (i < size ? first[0] : 0) | (i + 1 < size ? static_cast<uint32_t>(first[stride]) : 0)
+                                         << 16;
 }
 
 // Halves: a pair times a power of two.
@@ -69,16 +68,23 @@ ATTN_DEVICE Place query_place(int group) {
 // One row's words from `word` on, 8 apart: in the background (float32) or at once.
 template <class T, int kPitch>
 ATTN_DEVICE void copy_row(const Rows<T>& from, int r, int word, uint32_t* to) {
-  const T* row = from.row(r);
-  const int size = from.size(r);
-  for (; word < from.words; word += kGroupWords) {
-    const int element = (from.first_word + word) * kWordElements<T>;
-    if constexpr (sizeof(T) == 4) {
-      const bool valid = element < size;
-      copy4_async(to + word * kPitch, valid ? row + element * from.stride : from.data, valid);
-    } else {
-      const uint32_t pair = load_pair(row, from.stride, element, size, from.in_pairs);
-      to[word * kPitch] = scaled_pair(pair, from.factor, T{});
+  to += word * kPitch;
+  if constexpr (sizeof(T) == 4) {
+    const T* source = from.row(r) + (from.first_word + word) * from.stride;
+    int left = from.size(r) - from.first_word - word;
+#pragma unroll 4
+    for (; word < from.words; word += kGroupWords) {
+      copy4_async(to, source, left > 0);
+      source += kGroupWords * from.stride;
+      left -= kGroupWords;
+      to += kGroupWords * kPitch;
+    }
+  } else {
+#pragma unroll 1
+    for (; word < from.words; word += kGroupWords) {
+      *to = scaled_pair(load_pair(from.row(r), from.stride, 2 * word, from.size(r)), from.factor,
+                        T{});
+      to += kGroupWords * kPitch;
     }
   }
 }
@@ -101,16 +107,15 @@ class KeyStage {
     if constexpr (sizeof(T) == 4) {
       copy_from(0, from, to);
       copies_commit();
-    } else {
+    } else if (from.in_pairs) {
       ATTN_UNROLL
       for (int i = 0; i < kRowGroups; ++i) {
-        const Place place = key_place(threadIdx.x / 32 + i * kWarps);
-        const T* row = from.row(place.row);
-        const int size = from.size(place.row);
+        const int row = key_place(threadIdx.x / 32 + i * kWarps).row;
+        const auto* source = reinterpret_cast<const uint32_t*>(from.row(row)) + first_word();
+        const int left = from.size(row) / 2 - first_word();
         ATTN_UNROLL
         for (int j = 0; j < kWordGroups; ++j) {
-          const int word = from.first_word + threadIdx.x % kGroupWords + j * kGroupWords;
-          held_[i][j] = load_pair(row, from.stride, 2 * word, size, from.in_pairs);
+          held_[i][j] = j * kGroupWords < left ? source[j * kGroupWords] : 0;
         }
       }
     }
@@ -119,18 +124,20 @@ class KeyStage {
   ATTN_DEVICE void commit(const Rows<T>& from, uint32_t* to) {
     if constexpr (sizeof(T) == 4) {
       copies_wait<0>();
-    } else {
+    } else if (from.in_pairs) {
       ATTN_UNROLL
       for (int i = 0; i < kRowGroups; ++i) {
-        const Place place = key_place(threadIdx.x / 32 + i * kWarps);
+        uint32_t* target =
+            to + first_word() * kKeyPitch<kKeys> + key_place(threadIdx.x / 32 + i * kWarps).column;
         ATTN_UNROLL
         for (int j = 0; j < kWordGroups; ++j) {
-          const int word = threadIdx.x % kGroupWords + j * kGroupWords;
-          if (word >= from.words) break;
-          to[word * kKeyPitch<kKeys> + place.column] = scaled_pair(held_[i][j], from.factor, T{});
+          if (j * kGroupWords >= from.words) break;
+          target[j * kGroupWords * kKeyPitch<kKeys>] = scaled_pair(held_[i][j], from.factor, T{});
         }
       }
-      copy_from(kWordGroups * kGroupWords, from, to);
+      if (kWordGroups * kGroupWords < from.words) copy_from(kWordGroups * kGroupWords, from, to);
+    } else {
+      copy_from(0, from, to);
     }
   }
 
@@ -139,12 +146,13 @@ class KeyStage {
   // Words that are held: D = 64 of 64 keys, D = 128 of 32.
   static constexpr int kWordGroups = sizeof(T) == 4 ? 1 : 16 / kRowGroups;
 
+  static ATTN_DEVICE int first_word() { return threadIdx.x % kGroupWords; }
+
   static ATTN_DEVICE void copy_from(int word, const Rows<T>& from, uint32_t* to) {
-    ATTN_UNROLL
+#pragma unroll 1
     for (int i = 0; i < kRowGroups; ++i) {
       const Place place = key_place(threadIdx.x / 32 + i * kWarps);
-      copy_row<T, kKeyPitch<kKeys>>(from, place.row, word + threadIdx.x % kGroupWords,
-                                    to + place.column);
+      copy_row<T, kKeyPitch<kKeys>>(from, place.row, word + first_word(), to + place.column);
     }
   }
 
@@ -174,25 +182,28 @@ struct BlockIndex {
 template <class T>
 ATTN_DEVICE Rows<T> rows_of(const Array& array, bool in_pairs, int b, int head, int first_row,
                             int rows, int D, float factor) {
-  const int words = padded_words<T>(D);
   return {array.at<T>(b, head),
           array.stride[2],
           array.stride[3],
           first_row,
           rows,
           0,
-          words < kSliceWords ? words : kSliceWords,
+          slice_words<T>(D),
           D,
           in_pairs,
           factor};
 }
 
-// Slices of D after the first do not stay in shared memory: every tile stages them again.
+// All of D that is not yet in sums: shared memory holds the first slice of kSliceWords of it, and
+// then the later ones (float32 only: 16 bits fit).
 template <class T, int kKeys>
-ATTN_DEVICE void add_later_slices(Rows<T> queries, Rows<T> keys, uint32_t* query_words,
-                                  uint32_t* key_words, Tile<kKeys>& sums) {
+ATTN_DEVICE void add_all_distances(Rows<T> queries, Rows<T> keys, uint32_t* query_words,
+                                   uint32_t* key_words, bool seen, Tile<kKeys>& sums) {
   const int words = padded_words<T>(keys.D);
-  for (int first = kSliceWords; first < words; first += kSliceWords) {
+#pragma unroll 1
+  for (int first = kSliceWords;; first += kSliceWords) {
+    if (seen) add_distances<T, kKeys>(query_words, key_words, keys.words, sums);
+    if (sizeof(T) == 2 || first >= words) return;
     queries.first_word = keys.first_word = first;
     queries.words = keys.words = words - first < kSliceWords ? words - first : kSliceWords;
     KeyStage<T, kKeys> stage;
@@ -201,7 +212,6 @@ ATTN_DEVICE void add_later_slices(Rows<T> queries, Rows<T> keys, uint32_t* query
     stage.fetch(keys, key_words);
     stage.commit(keys, key_words);
     __syncthreads();
-    add_distances<T, kKeys>(query_words, key_words, keys.words, sums);
   }
 }
 

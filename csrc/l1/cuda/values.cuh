@@ -34,6 +34,11 @@ struct Values {
   int rows;
   int first_column, E;
   bool in_pairs;
+
+  // Row r from `first_column` on; it may be asked for in any case.
+  ATTN_DEVICE const T* row(int r) const {
+    return data + static_cast<int64_t>(r) * row_stride + first_column * stride;
+  }
 };
 
 // A tile of values, fetched while something else is computed.
@@ -44,32 +49,37 @@ class ValueStage {
     if constexpr (sizeof(T) == 4) {
       copy(from, first_row, to);
       copies_commit();
-    } else {
+    } else if (from.in_pairs) {
       ATTN_UNROLL
       for (int unit = 0; unit < kUnits; ++unit) {
+        const int row = first_row + 4 * quad(unit);
+        const T* source = from.row(row) + column(unit);
+        const int left = from.first_column + column(unit) < from.E ? from.rows - row : 0;
         ATTN_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const int row = first_row + 4 * quad(unit) + i, e = from.first_column + column(unit);
-          const T* source = from.data + static_cast<int64_t>(row) * from.row_stride;
-          const int size = row < from.rows ? from.E : 0;
-          held_[unit][i] = load_pair(source, from.stride, e, size, from.in_pairs);
+          held_[unit][i] =
+              i < left ? *reinterpret_cast<const uint32_t*>(source + i * from.row_stride) : 0;
         }
       }
     }
   }
 
-  ATTN_DEVICE void commit(uint32_t* to) {
+  ATTN_DEVICE void commit(const Values<T>& from, int first_row, uint32_t* to) {
     if constexpr (sizeof(T) == 4) {
       copies_wait<0>();
-    } else {
+    } else if (from.in_pairs) {
       ATTN_UNROLL
+      for (int unit = 0; unit < kUnits; ++unit) store(held_[unit], unit, to);
+    } else {
+#pragma unroll 1
       for (int unit = 0; unit < kUnits; ++unit) {
-        const uint32_t (&row)[4] = held_[unit];
-        const int step = quad(unit) / 4, t = quad(unit) % 4, e = column(unit);
-        store2(to + value_word<kWidth>(step, t, e, 0), lower(row[0], row[1]),
-               lower(row[2], row[3]));
-        store2(to + value_word<kWidth>(step, t, e + 1, 0), upper(row[0], row[1]),
-               upper(row[2], row[3]));
+        uint32_t pairs[4];
+        for (int i = 0; i < 4; ++i) {
+          const int row = first_row + 4 * quad(unit) + i;
+          const int size = row < from.rows ? from.E - from.first_column : 0;
+          pairs[i] = load_pair(from.row(row), from.stride, column(unit), size);
+        }
+        store(pairs, unit, to);
       }
     }
   }
@@ -79,24 +89,32 @@ class ValueStage {
   static constexpr int kUnits = sizeof(T) == 4 ? 1 : kKeys / 4 * (kWidth / 2) / kThreads;
   static constexpr int kPairs = kWidth / 2;
 
-  static ATTN_DEVICE int quad(int unit) { return (unit * kThreads + threadIdx.x) / kPairs; }
-  static ATTN_DEVICE int column(int unit) { return 2 * ((unit * kThreads + threadIdx.x) % kPairs); }
+  static ATTN_DEVICE int quad(int unit) {
+    return unit * (kThreads / kPairs) + threadIdx.x / kPairs;
+  }
+  static ATTN_DEVICE int column(int) { return 2 * (threadIdx.x % kPairs); }
+
+  static ATTN_DEVICE void store(const uint32_t (&row)[4], int unit, uint32_t* to) {
+    const int step = quad(unit) / 4, t = quad(unit) % 4, e = column(unit);
+    store2(to + value_word<kWidth>(step, t, e, 0), lower(row[0], row[1]), lower(row[2], row[3]));
+    store2(to + value_word<kWidth>(step, t, e + 1, 0), upper(row[0], row[1]),
+           upper(row[2], row[3]));
+  }
   static ATTN_DEVICE uint32_t lower(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
   static ATTN_DEVICE uint32_t upper(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
 
-  // float32: a thread copies one column of every other (or fourth) key.
+  // float32: a thread copies one column of every key, or of every other.
   static ATTN_DEVICE void copy(const Values<T>& from, int first_row, uint32_t* to) {
-    const int e = from.first_column + threadIdx.x % kWidth;
+    constexpr int kStride = kThreads / kWidth;
+    const int e = threadIdx.x % kWidth, first_key = threadIdx.x / kWidth;
+    const T* source = from.row(first_row + first_key) + e * from.stride;
+    const int left = from.first_column + e < from.E ? from.rows - first_row - first_key : 0;
     ATTN_UNROLL
-    for (int i = 0; i < kKeys * kWidth / kThreads; ++i) {
-      const int key = (i * kThreads + threadIdx.x) / kWidth;
-      const int row = first_row + key;
-      const bool valid = row < from.rows && e < from.E;
-      const T* source = from.data + static_cast<int64_t>(row) * from.row_stride + e * from.stride;
-      // key_of: step and register of a key.
+    for (int key = 0; key < kKeys; key += kStride) {
+      // key_of: step, lane and register of a key. A stride of 2 leaves the register to first_key.
       const int step = key / 16 * 2 + key / 2 % 2, t = key / 4 % 4;
-      copy4_async(to + value_word<kWidth>(step, t, threadIdx.x % kWidth, key % 2),
-                  valid ? source : from.data, valid);
+      copy4_async(to + value_word<kWidth>(step, t, e, key % 2 + first_key), source, key < left);
+      source += kStride * from.row_stride;
     }
   }
 
