@@ -1,14 +1,16 @@
 """Errors as texts, to pin; and tensors that are wrong, to raise them."""
 
+import re
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.exc import TorchRuntimeError
+from torch.fx.experimental.proxy_tensor import make_fx
 
 ERRORS = (ValueError, TypeError, NotImplementedError)
 Cases = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
@@ -76,6 +78,30 @@ def assert_compiling_raises_the_same_words(
     with pytest.raises((TorchRuntimeError, *ERRORS)) as caught:
         compiled(*args)
     assert str(expected).split(", got")[0] in str(caught.value)
+
+
+Tracing = Literal["fake", "symbolic"]
+TRACING: tuple[Tracing, ...] = ("fake", "symbolic")
+
+
+def without_sizes(error: Exception) -> str:
+    return re.sub(r"s?\d+( [+-] s?\d+)*", "#", str(error).split(", got")[0])
+
+
+def assert_tracing_raises_the_same(
+    op: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], mode: Tracing
+) -> None:
+    """make_fx with fake tensors, as export and AOTAutograd trace; symbols stand for sizes."""
+    expected = error_of(op, *args, **options)
+    tensors = {k: x for k, x in options.items() if isinstance(x, Tensor)}
+    rest = {k: x for k, x in options.items() if k not in tensors}
+
+    def call(args: tuple[Tensor, ...], tensors: dict[str, Tensor]) -> Tensor:
+        return op(*args, **tensors, **rest)
+
+    error = error_of(make_fx(call, tracing_mode=mode), args, tensors)
+    assert type(error) is type(expected)
+    assert without_sizes(error) == without_sizes(expected)
 
 
 OTHER_DTYPES = (

@@ -3,74 +3,29 @@
 EXPECTTEST_ACCEPT=1 rewrites them. Each is raised in eager mode and while tracing.
 """
 
-import re
-from typing import Literal
-
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import attn_ops
-from tests.cosine_sim.inputs import MERGED, OFFSETS_K, OFFSETS_Q, PACKED, TRUE, K, Q, V
 from tests.errors import (
+    TRACING,
+    Tracing,
     assert_compiling_raises_the_same_words,
+    assert_tracing_raises_the_same,
     case,
     error_of,
-    layout_cases,
     ones,
     texts,
 )
+from tests.softmax_inputs import NOT_TRACED, SHARED, TRUE, K, Q, V
 
 assert attn_ops.__all__  # its import registers the op
 attend = torch.ops.attn.cosine_sim
 
 
-CASES = layout_cases(Q, K, V, MERGED) | {
-    "mask of floats": case(Q, K, V, ones(2, 7)),
-    "mask of integers": case(Q, K, V, ones(2, 7).int()),
-    "mask of rank 3": case(Q, K, V, TRUE.expand(4, 5, 7)),
-    "mask of another length": case(Q, K, V, TRUE.expand(2, 8)),
-    "mask that does not broadcast": case(Q, K, V, TRUE.expand(2, 2, 5, 7)),
-    "mask on another device": case(Q, K, V, TRUE.expand(2, 7).to("meta")),
-    "mask sparse": case(Q, K, V, TRUE.expand(2, 7).to_sparse()),
-    "bias of rank 2": case(Q, K, V, bias=ones(5, 7)),
-    "bias of other heads": case(Q, K, V, bias=ones(2, 5, 7)),
-    "bias of merged heads": case(*MERGED, bias=ones(1, 5, 7)),
-    "bias that does not broadcast": case(Q, K, V, bias=ones(2, 4, 7, 5)),
-    "bias of booleans": case(Q, K, V, bias=TRUE.expand(4, 5, 7)),
-    "bias too precise": case(Q, K, V, bias=ones(4, 5, 7, dtype=torch.float64)),
-    "bias of the other half": case(
-        Q.half(), K.half(), V.half(), bias=ones(4, 5, 7, dtype=torch.bfloat16)
-    ),
-    "bias on another device": case(Q, K, V, bias=ones(4, 5, 7, device="meta")),
-    "relative_bias of rank 1": case(Q, K, V, relative_bias=ones(11)),
-    "relative_bias too short": case(Q, K, V, relative_bias=ones(4, 10)),
-    "relative_bias of other heads": case(Q, K, V, relative_bias=ones(2, 11)),
-    "relative_bias of unequal packed lengths": case(
-        *PACKED, cu_seqlens_q=OFFSETS_Q, cu_seqlens_k=OFFSETS_K, relative_bias=ones(4, 11)
-    ),
-    "window without causal": case(Q, K, V, window=3),
-    "window of 0": case(Q, K, V, causal=True, window=0),
-    "sink of rank 2": case(Q, K, V, sink=ones(4, 1)),
-    "sink of other heads": case(Q, K, V, sink=ones(2)),
-    "sink of integers": case(Q, K, V, sink=ones(4).long()),
-    "cu_seqlens_k alone": case(*PACKED, cu_seqlens_k=OFFSETS_K),
-    "cu_seqlens_q alone": case(*PACKED, cu_seqlens_q=OFFSETS_Q),
-    "cu_seqlens of floats": case(*PACKED, cu_seqlens_q=ones(3), cu_seqlens_k=OFFSETS_K),
-    "cu_seqlens of rank 2": case(*PACKED, cu_seqlens_q=OFFSETS_Q[None], cu_seqlens_k=OFFSETS_K),
-    "cu_seqlens of one offset": case(
-        *PACKED, cu_seqlens_q=OFFSETS_Q[:1], cu_seqlens_k=OFFSETS_K[:1]
-    ),
-    "cu_seqlens of unequal numbers": case(
-        *PACKED, cu_seqlens_q=OFFSETS_Q, cu_seqlens_k=OFFSETS_K[:2]
-    ),
-    "cu_seqlens on another device": case(
-        *PACKED, cu_seqlens_q=OFFSETS_Q, cu_seqlens_k=OFFSETS_K.to("meta")
-    ),
-    "cu_seqlens of a batch": case(Q, K, V, cu_seqlens_q=OFFSETS_Q, cu_seqlens_k=OFFSETS_K),
-    "cu_seqlens sparse": case(*PACKED, cu_seqlens_q=OFFSETS_Q.to_sparse(), cu_seqlens_k=OFFSETS_K),
+CASES = SHARED | {
     "scale infinite": case(Q, K, V, scale=float("inf")),
     "scale beyond float32": case(Q, K, V, scale=1e300),
     "scale not a number": case(Q, K, V, scale=float("nan")),
@@ -261,27 +216,11 @@ def test_with_lse_names_itself_in_the_same_words(name: str) -> None:
     assert str(error) == str(expected).replace("cosine_sim:", "cosine_sim_with_lse:", 1)
 
 
-NOT_TRACED = ("query sparse", "query nested", "mask sparse", "cu_seqlens sparse")
-
-
-@pytest.mark.parametrize("mode", ("fake", "symbolic"))
+@pytest.mark.parametrize("mode", TRACING)
 @pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_TRACED])
-def test_tracing_raises_the_same(name: str, mode: Literal["fake", "symbolic"]) -> None:
-    """make_fx with fake tensors, as export and AOTAutograd trace; symbols stand for sizes."""
+def test_tracing_raises_the_same(name: str, mode: Tracing) -> None:
     args, options = CASES[name]
-    expected = error_of(attend, *args, **options)
-    tensors = {k: x for k, x in options.items() if isinstance(x, Tensor)}
-    rest = {k: x for k, x in options.items() if k not in tensors}
-
-    def call(args: tuple[Tensor, ...], tensors: dict[str, Tensor]) -> Tensor:
-        return attend(*args, **tensors, **rest)
-
-    def without_sizes(error: Exception) -> str:
-        return re.sub(r"s?\d+( [+-] s?\d+)*", "#", str(error).split(", got")[0])
-
-    error = error_of(make_fx(call, tracing_mode=mode), args, tensors)
-    assert type(error) is type(expected)
-    assert without_sizes(error) == without_sizes(expected)
+    assert_tracing_raises_the_same(attend, args, options, mode)
 
 
 COMPILED = (

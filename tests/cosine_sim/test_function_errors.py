@@ -4,8 +4,8 @@ import torch
 from expecttest import assert_expected_inline
 
 from attn_ops import cosine_sim_attention
-from tests.cosine_sim.inputs import OFFSETS_K, PACKED, TRUE, K, Q, V
 from tests.errors import case, ones, texts
+from tests.softmax_inputs import OFFSETS_K, PACKED, TRUE, K, Q, V
 
 CASES = {
     "query a list": case([1.0], K, V),

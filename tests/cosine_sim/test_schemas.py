@@ -6,11 +6,7 @@ import torch
 from expecttest import assert_expected_inline
 
 import attn_ops
-
-
-def wrapped(overload: torch._ops.OpOverload) -> str:
-    """One argument per line."""
-    return str(overload._schema).replace(", ", ",\n  ")
+from tests.pinned import wrapped
 
 
 def test_public_schema() -> None:

@@ -1,0 +1,35 @@
+"""Wrong arguments of L1 attention and of its scores, drawn at random."""
+
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+
+from tests import bad_input
+from tests.conformance.spec import OpSpec
+from tests.l1.spec import L1, SCORES
+from tests.strategies import Case
+
+
+def wild_scores(case: Case) -> dict[str, st.SearchStrategy[Any]]:
+    return {
+        "scale": st.sampled_from((float("nan"), float("inf"), 1e300, 40.0, 0.0, -2.0)),
+        "score": st.sampled_from(("positive", "")),
+        "eps": st.sampled_from((float("nan"), float("inf"), 0.0, -1.0, 0.5)),
+    }
+
+
+def wild(case: Case) -> dict[str, st.SearchStrategy[Any]]:
+    return bad_input.shared_options(case) | wild_scores(case)
+
+
+@pytest.mark.parametrize(
+    ("spec", "wild"), ((L1, wild), (SCORES, wild_scores)), ids=("l1", "l1_scores")
+)
+def test_an_error_that_names_itself_or_a_right_result(spec: OpSpec, wild: bad_input.Wild) -> None:
+    bad_input.assert_errors_name_themselves_and_results_are_right(spec, wild, 250)
+
+
+def test_errors_are_drawn_as_well_as_results() -> None:
+    bad_input.assert_errors_are_drawn_as_well_as_results(L1, wild, 6)
+    bad_input.assert_errors_are_drawn_as_well_as_results(SCORES, wild_scores, 4)
