@@ -11,9 +11,15 @@ ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "compile_examples"
 
 # These have tests of their own.
-LONGER = {"train_gpt.py", "linear_recurrent_generation.py"}
+LONGER = {
+    "linear_recurrent_generation.py",
+    "set_search.py",
+    "symmetric_matching.py",
+    "train_gpt.py",
+}
 # What a reader is to see at the end.
 LAST_WORDS = {
+    "distance_scaling.py": "Points are measured, lines the formulas",
     "dynamic_shapes.py": "another program, not causal: compiled 2 times",
     "export_aoti.py": "batch 7, length 300: largest difference",
     "export_state.py": "as read at once, the state too",
