@@ -52,32 +52,52 @@ struct Tile {
   float at[2][kKeys / 8][4];
 };
 
-// --- float32: two additions per element.
+// --- float32: two additions per element. Eight words are summed as a tree, which costs nothing and
+// keeps the rounding of long sums near that of a pairwise sum.
 
-template <int kKeys, int kRowPitch = kQueryPitch, int kColumnPitch = kKeyPitch<kKeys>>
+template <int kCount>
+ATTN_DEVICE float tree_sum(const float (&x)[kCount]) {
+  if constexpr (kCount == 1) {
+    return x[0];
+  } else {
+    float halves[kCount / 2];
+    ATTN_UNROLL
+    for (int i = 0; i < kCount / 2; ++i) halves[i] = x[2 * i] + x[2 * i + 1];
+    return tree_sum(halves);
+  }
+}
+
+ATTN_DEVICE void load_four(float (&to)[4], const uint32_t* from) {
+  const float4 x = load4(reinterpret_cast<const float*>(from));
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
+
+template <int kKeys>
 ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, int words,
                                Tile<kKeys>& sums, float) {
 #pragma unroll 1
   for (int w = 0; w < words; w += kWordStep) {
+    float query[kWordStep][4];
     ATTN_UNROLL
-    for (int step = 0; step < kWordStep; ++step) {
-      const float4 q = load4(reinterpret_cast<const float*>(queries + step * kRowPitch));
-      const float query[4] = {q.x, q.y, q.z, q.w};
+    for (int d = 0; d < kWordStep; ++d) load_four(query[d], queries + d * kQueryPitch);
+    ATTN_UNROLL
+    for (int j = 0; j < kKeys / 16; ++j) {
+      float key[kWordStep][4];
       ATTN_UNROLL
-      for (int j = 0; j < kKeys / 16; ++j) {
-        const float4 k = load4(reinterpret_cast<const float*>(keys + step * kColumnPitch + 16 * j));
-        const float key[4] = {k.x, k.y, k.z, k.w};
+      for (int d = 0; d < kWordStep; ++d) load_four(key[d], keys + d * kKeyPitch<kKeys> + 16 * j);
+      ATTN_UNROLL
+      for (int i = 0; i < 4; ++i) {
         ATTN_UNROLL
-        for (int i = 0; i < 4; ++i) {
+        for (int c = 0; c < 4; ++c) {
+          float parts[kWordStep];
           ATTN_UNROLL
-          for (int c = 0; c < 4; ++c) {
-            sums.at[i / 2][2 * j + c / 2][2 * (i % 2) + c % 2] += fabsf(query[i] - key[c]);
-          }
+          for (int d = 0; d < kWordStep; ++d) parts[d] = fabsf(query[d][i] - key[d][c]);
+          sums.at[i / 2][2 * j + c / 2][2 * (i % 2) + c % 2] += tree_sum(parts);
         }
       }
     }
-    queries += kWordStep * kRowPitch;
-    keys += kWordStep * kColumnPitch;
+    queries += kWordStep * kQueryPitch;
+    keys += kWordStep * kKeyPitch<kKeys>;
   }
 }
 
