@@ -72,19 +72,19 @@ ATTN_DEVICE void load_four(float (&to)[4], const uint32_t* from) {
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
 }
 
-template <int kKeys>
+template <int kKeys, int kRowPitch = kQueryPitch, int kColumnPitch = kKeyPitch<kKeys>>
 ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, int words,
                                Tile<kKeys>& sums, float) {
 #pragma unroll 1
   for (int w = 0; w < words; w += kWordStep) {
     float query[kWordStep][4];
     ATTN_UNROLL
-    for (int d = 0; d < kWordStep; ++d) load_four(query[d], queries + d * kQueryPitch);
+    for (int d = 0; d < kWordStep; ++d) load_four(query[d], queries + d * kRowPitch);
     ATTN_UNROLL
     for (int j = 0; j < kKeys / 16; ++j) {
       float key[kWordStep][4];
       ATTN_UNROLL
-      for (int d = 0; d < kWordStep; ++d) load_four(key[d], keys + d * kKeyPitch<kKeys> + 16 * j);
+      for (int d = 0; d < kWordStep; ++d) load_four(key[d], keys + d * kColumnPitch + 16 * j);
       ATTN_UNROLL
       for (int i = 0; i < 4; ++i) {
         ATTN_UNROLL
@@ -96,8 +96,8 @@ ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, in
         }
       }
     }
-    queries += kWordStep * kQueryPitch;
-    keys += kWordStep * kKeyPitch<kKeys>;
+    queries += kWordStep * kRowPitch;
+    keys += kWordStep * kColumnPitch;
   }
 }
 
