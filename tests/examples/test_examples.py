@@ -12,6 +12,7 @@ FOLDER = ROOT / "compile_examples"
 
 # These have tests of their own.
 LONGER = {
+    "fsdp_tensor_parallel.py",
     "linear_recurrent_generation.py",
     "set_search.py",
     "symmetric_matching.py",
