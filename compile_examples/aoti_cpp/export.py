@@ -1,0 +1,63 @@
+"""Compiles a model of all attentions ahead of time, for a program without Python.
+
+python compile_examples/aoti_cpp/export.py FOLDER  writes into it
+  model.pt2     the AOTInductor package
+  library.txt   the path of the library that holds the ops
+  cases.pt      inputs of several sizes, and what the model makes of them in Python
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import attn_ops
+from attn_ops import _library
+from attn_ops.nn import MultiheadAttention
+
+DIM, HEADS = 32, 4
+SIZES = ((2, 16), (1, 3), (5, 70))
+ATTENTIONS = (
+    partial(attn_ops.cosine_sim_attention, causal=True),
+    partial(attn_ops.l1_attention, causal=True),
+    partial(attn_ops.linear_attention, causal=True, feature_map="elu_plus_one"),
+)
+
+
+class Model(nn.Module):
+    """A residual block per kind of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            MultiheadAttention(DIM, HEADS, kv_heads=2, attention=attention, rotary_base=10000.0)
+            for attention in ATTENTIONS
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def main(folder: Path) -> None:
+    (library,) = _library.loaded_libraries
+    torch.manual_seed(0)
+    model = Model().eval()
+    inputs = [torch.randn(batch, length, DIM) for batch, length in SIZES]
+    sizes = {0: Dim("batch", max=64), 1: Dim("length", max=4096)}
+    with torch.no_grad():
+        program = torch.export.export(model, (inputs[0],), dynamic_shapes=(sizes,))
+        expected = [model(x) for x in inputs]
+    folder.mkdir(parents=True, exist_ok=True)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+    (folder / "library.txt").write_text(library)
+    torch.save(inputs + expected, folder / "cases.pt")
+    print(f"{folder / 'model.pt2'} holds {len(ATTENTIONS)} kinds of attention")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,58 @@
+// Runs an AOTInductor package with ops of attn_ops in a process that holds no Python.
+//
+// run FOLDER, where export.py has written the package; see README.md. The ops live in a shared
+// library: opening it registers them with PyTorch's dispatcher, where the package looks them up.
+
+#include <dlfcn.h>
+
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/torch.h>
+
+namespace {
+
+std::vector<char> read(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  TORCH_CHECK(file, "run: cannot read ", path, "; export.py writes it");
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+void load_ops(const std::string& library) {
+  void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL);
+  TORCH_CHECK(handle != nullptr, "run: cannot load the ops: ", dlerror());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::cerr << "usage: run FOLDER\n";
+    return 2;
+  }
+  const std::string folder = argv[1];
+  const std::vector<char> library = read(folder + "/library.txt");
+  load_ops({library.begin(), library.end()});
+
+  c10::InferenceMode mode;
+  torch::inductor::AOTIModelPackageLoader model(folder + "/model.pt2");
+  const c10::List<c10::IValue> cases = torch::pickle_load(read(folder + "/cases.pt")).toList();
+  const size_t count = cases.size() / 2;
+  bool agree = true;
+  for (size_t i = 0; i < count; ++i) {
+    const at::Tensor input = cases.get(i).toTensor();
+    const at::Tensor expected = cases.get(count + i).toTensor();
+    const at::Tensor actual = model.run({input}).at(0);
+    const double error = (actual - expected).abs().max().item<double>();
+    agree = agree && at::allclose(actual, expected, 1e-4, 1e-5);
+    std::cout << "batch " << input.size(0) << ", length " << input.size(1)
+              << ": largest difference " << error << "\n";
+  }
+  TORCH_CHECK(dlsym(RTLD_DEFAULT, "Py_Initialize") == nullptr, "run: there is Python in here");
+  std::cout << (agree ? "as in Python, without Python" : "NOT as in Python") << "\n";
+  return agree ? 0 : 1;
+}

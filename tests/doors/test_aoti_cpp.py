@@ -1,0 +1,51 @@
+"""compile_examples/aoti_cpp: a package runs in a C++ program without Python, with equal numbers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor import cpp_builder, exc
+
+from attn_ops import _library
+
+ROOT = Path(__file__).parent.parent.parent
+SOURCE = ROOT / "compile_examples" / "aoti_cpp"
+
+
+def compiler() -> str | None:
+    try:
+        return cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError):
+        return None
+
+
+def run(*command: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not _library.loaded_libraries, reason="the ops are in the native library")
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+def test_package_runs_without_python(tmp_path: Path) -> None:
+    run(sys.executable, str(SOURCE / "export.py"), str(tmp_path))
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    run(
+        "cmake",
+        "-S",
+        str(SOURCE),
+        "-B",
+        str(tmp_path),
+        prefix,
+        f"-DCMAKE_CXX_COMPILER={compiler()}",
+    )
+    run("cmake", "--build", str(tmp_path))
+    lines = run(str(tmp_path / "run"), str(tmp_path)).splitlines()
+    assert len(lines) == 4
+    assert lines[-1] == "as in Python, without Python"
