@@ -105,7 +105,7 @@ class KeyStage {
  public:
   ATTN_DEVICE void fetch(const Rows<T>& from, uint32_t* to) {
     if constexpr (sizeof(T) == 4) {
-      copy_from(0, from, to);
+      copy_in_background(from, to);
       copies_commit();
     } else if (from.in_pairs) {
       ATTN_UNROLL
@@ -153,6 +153,24 @@ class KeyStage {
     for (int i = 0; i < kRowGroups; ++i) {
       const Place place = key_place(threadIdx.x / 32 + i * kWarps);
       copy_row<T, kKeyPitch<kKeys>>(from, place.row, word + first_word(), to + place.column);
+    }
+  }
+
+  static ATTN_DEVICE void copy_in_background(const Rows<T>& from, uint32_t* to) {
+    const Place place = key_place(threadIdx.x / 32);
+    const T* source = from.row(place.row) + (from.first_word + first_word()) * from.stride;
+    const int rows = from.rows - from.first_row - place.row;
+    const int size = from.D - from.first_word;
+    to += first_word() * kKeyPitch<kKeys> + place.column;
+#pragma unroll 2
+    for (int word = first_word(); word < from.words; word += kGroupWords) {
+      ATTN_UNROLL
+      for (int i = 0; i < kRowGroups; ++i) {
+        const int row = i * kGroupRows * kWarps;
+        copy4_async(to + row, source + row * from.row_stride, word < size && row < rows);
+      }
+      source += kGroupWords * from.stride;
+      to += kGroupWords * kKeyPitch<kKeys>;
     }
   }
 
