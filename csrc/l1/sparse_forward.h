@@ -36,24 +36,23 @@ class Forward {
   // out of a row, from the weights of its edges, and with `reverse` from those of its column.
   void write_sums(int64_t matrix, int64_t row) {
     const int64_t batch = matrix / p_.H, kv_head = matrix % p_.H / (p_.H / p_.Hk);
-    T* sum = room_.get();
-    std::fill(sum, sum + p_.E, T(0));
+    RowSum<T> sum(room_.get(), p_.E);
+    T* room = room_.get() + 2 * kRowPitch;
     const Edges& edges = p_.edges;
     const T* weight = per_edge<T>(p_.weight, matrix, edges.count);
     const Rows<T> values(p_.value, batch, kv_head, p_.E);
     for (int64_t e = edges.row_start[row]; e < edges.row_start[row + 1]; ++e) {
       values.prefetch(edges.row_keys[std::min(e + kAhead, edges.count - 1)]);
-      add_scaled(sum, weight[e], values.at(edges.row_keys[e], room_.get() + kRowPitch), p_.E);
+      sum.add_scaled(weight[e], values.at(edges.row_keys[e], room));
     }
     if (p_.reverse) {
       const Rows<T> reverse(p_.reverse, batch, kv_head, p_.E);
       for (int64_t i = edges.col_start[row]; i < edges.col_start[row + 1]; ++i) {
         reverse.prefetch(edges.col_queries[std::min(i + kAhead, edges.count - 1)]);
-        const T* x = reverse.at(edges.col_queries[i], room_.get() + kRowPitch);
-        add_scaled(sum, weight[edges.col_edges[i]], x, p_.E);
+        sum.add_scaled(weight[edges.col_edges[i]], reverse.at(edges.col_queries[i], room));
       }
     }
-    finish_row(p_.out, matrix * p_.M + row, sum, T(1), p_.E);
+    sum.store(p_.out, matrix * p_.M + row, T(1));
   }
 
  private:

@@ -80,12 +80,44 @@ ATTN_INLINE void add_signs(T* sum, T factor, const T* a, const T* b, int64_t cou
   }
 }
 
-// A row of sums, times a factor, to where it belongs.
+// The sum of a row's terms. Long rows are added up in parts, so that roundings of a large sum are
+// few. `part` has room for the current part, at most kMaxWidth numbers, and as many for the sum.
 template <class T>
-ATTN_INLINE void finish_row(const View& target, int64_t row, T* sum, T factor, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) sum[i] *= factor;
-  store_row(target, row * width, sum, width);
-}
+class RowSum {
+ public:
+  RowSum(T* part, int64_t width) : part_(part), sum_(part + kRowPitch), width_(width) {
+    std::fill(part_, part_ + width, T(0));
+    std::fill(sum_, sum_ + width, T(0));
+  }
+
+  ATTN_INLINE void add_scaled(T factor, const T* x) {
+    attn::l1::sparse::ATTN_ISA::add_scaled(part_, factor, x, width_);
+    if (++terms_ % kTerms == 0) flush();
+  }
+
+  ATTN_INLINE void add_signs(T factor, const T* a, const T* b) {
+    attn::l1::sparse::ATTN_ISA::add_signs(part_, factor, a, b, width_);
+    if (++terms_ % kTerms == 0) flush();
+  }
+
+  // Factor times the sum, to row `row` of a contiguous tensor.
+  void store(const View& target, int64_t row, T factor) {
+    flush();
+    for (int64_t i = 0; i < width_; ++i) sum_[i] *= factor;
+    store_row(target, row * width_, sum_, width_);
+  }
+
+ private:
+  static constexpr int64_t kTerms = 64;
+
+  void flush() {
+    for (int64_t i = 0; i < width_; ++i) sum_[i] += part_[i];
+    std::fill(part_, part_ + width_, T(0));
+  }
+
+  T *part_, *sum_;
+  int64_t width_, terms_ = 0;
+};
 
 // The part of a [B, H, L] tensor that belongs to one head.
 template <class T>
