@@ -36,6 +36,9 @@ except (ImportError, AttributeError) as error:
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Formula = Callable[..., Any]
 
+# Of every differentiable op: what it is in plain PyTorch.
+formulas: dict[str, Formula] = {}
+
 
 def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -> None:
     """Gives `attn::op` derivatives of every order in both modes.
@@ -45,6 +48,7 @@ def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -
     formula(*args): the op in plain PyTorch. In forward mode it takes the op's place, so PyTorch
         itself differentiates it, whatever transforms are nested around.
     """
+    formulas[op] = formula
     overload = getattr(torch.ops.attn, op).default
     if unavailable is not None:
         torch.library.register_autograd(

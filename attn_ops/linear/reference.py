@@ -69,7 +69,7 @@ def forward(
         out = out + seen_before @ state
         denominator = denominator + (seen_before @ key_sum.unsqueeze(-1)).squeeze(-1)
         still_seen = phi_key * power(decay, num_keys - 1 - n).unsqueeze(-1)
-        left = power(decay, n.new_tensor(num_keys))[:, None]
+        left = power(decay, n.new_full((), num_keys))[:, None]
         final_key_sum = left * key_sum + still_seen.sum(2)
         final_state = left.unsqueeze(-1) * state + still_seen.mT @ value
     if eps is None:

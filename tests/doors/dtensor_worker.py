@@ -127,6 +127,7 @@ def check_stays(spec: OpSpec, mesh: DeviceMesh, placement: str) -> None:
         torch.autograd.grad(out, leaves, out)
     assert traffic.get_total_counts() == 0, traffic.get_comm_counts()
     dim = {"batch": 0, "heads": 1}[placement]
+    assert isinstance(out, DTensor)
     assert out.placements == (Shard(dim),)
     assert out.to_local().shape[dim] * WORLD == out.shape[dim]
 
@@ -170,6 +171,7 @@ def check_step(mesh: DeviceMesh) -> None:
         expected = attn_ops.linear_attention_step(query, key, value, *alone)
         actual = attn_ops.linear_attention_step(*inputs, *shards)
         for name, a, e in zip(("out", "state", "key_sum"), (actual, *shards), (expected, *alone)):
+            assert isinstance(a, DTensor)
             assert a.placements == (Shard(dim),), f"{name}: {a.placements}"
             assert_same(name, a.full_tensor(), e)
     moved = [distribute_tensor(x, mesh, [Shard(2)]) for x in (state, key_sum)]
