@@ -24,7 +24,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.func import functional_call
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
@@ -32,7 +37,7 @@ from attn_ops.checkpointing import save_list
 
 STEPS, BATCH, LENGTH = 20, 8, 64
 HEADS = ColwiseParallel(use_local_output=False)  # a DTensor [B, M, heads * D] with sharded heads
-PLAN = {f"attention.{name}_proj": HEADS for name in "qkv"}
+PLAN: dict[str, ParallelStyle] = {f"attention.{name}_proj": HEADS for name in "qkv"}
 PLAN |= {
     "attention.out_proj": RowwiseParallel(),
     "up": ColwiseParallel(),
@@ -40,7 +45,7 @@ PLAN |= {
 }
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, backend: str) -> None:
+def parallelize(model: GPT, mesh: DeviceMesh, backend: str) -> None:
     contexts = partial(create_selective_checkpoint_contexts, save_list())
     shard = partial(
         fully_shard,
@@ -79,7 +84,7 @@ def train(model: nn.Module, logits, part: slice, device: torch.device) -> Tensor
 def worker(rank: int, world: int, meeting_point: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     kind = "cuda" if torch.cuda.device_count() >= world else "cpu"
-    device = torch.device(kind, rank if kind == "cuda" else None)
+    device = torch.device(f"cuda:{rank}" if kind == "cuda" else "cpu")
     dist.init_process_group(None, meeting_point, rank=rank, world_size=world)
     mesh = init_device_mesh(
         kind, (world // args.tensor, args.tensor), mesh_dim_names=("data", "tensor")
