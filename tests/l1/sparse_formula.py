@@ -37,7 +37,7 @@ def weights(args: dict[str, Any]) -> Tensor:
         return count * score.exp()
     there = torch.where(count > 0, score, -torch.inf)
     if args.get("sink", True):
-        there = torch.cat([there, torch.zeros_like(score[..., :1])], -1)
+        there = torch.cat([there, score.new_zeros(*score.shape[:3], 1)], -1)
     elif score.shape[3] == 0:
         return score
     largest = there.amax(-1, keepdim=True).detach()
@@ -55,7 +55,8 @@ def l1_sparse(**arguments: Any) -> tuple[Tensor]:
     weight = weights(args).to(args["value"].dtype)
     out = weight @ args["value"].repeat_interleave(group, dim=1)
     if args.get("value_reverse") is not None:
-        out = out + weight.mT @ args["value_reverse"].repeat_interleave(group, dim=1)
+        reverse = args["value_reverse"].to(weight.dtype)
+        out = out + weight.mT @ reverse.repeat_interleave(group, dim=1)
     return (out.squeeze(1) if arguments["query"].dim() == 3 else out,)
 
 

@@ -88,7 +88,6 @@ CASES = {
     "plain": Case(),
     "transposed": Case(strides="transposed"),
     "expanded": Case(strides="expanded"),
-    "no edges": Case(options={"edges": 0}),
     "all pairs": Case(options={"edges": DENSE}),
     "many times the same edges": Case(queries=2, keys=3, options={"edges": 50, "int32": True}),
     "hub": Case(queries=10, keys=15, options={"edges": HUB}),

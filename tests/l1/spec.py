@@ -10,6 +10,7 @@ import attn_ops
 from tests import strategies
 from tests.conformance.spec import OpSpec
 from tests.l1 import formula
+from tests.l1.sparse_spec import SPARSE
 from tests.strategies import Case
 
 
@@ -121,4 +122,4 @@ SCORES = OpSpec(
     cases=COMMON | {"everything": Case(heads=4, queries=6, keys=9, options=INVERSE)},
     long=None,
 )
-SPECS = (L1, SCORES)
+SPECS = (L1, SCORES, SPARSE)
