@@ -36,7 +36,7 @@ class FewQueries {
       : p_(p),
         score_parameters_(parameters),
         rows_(p.H / p.Hk * p.M),
-        pitch_(round_up(p.N, Simd<T>::lanes)),
+        pitch_(round_up(p.N, Simd<T>::lanes) + Simd<T>::lanes),
         query_(rows_ * kRowPitch),
         scores_(rows_ * pitch_),
         out_(rows_ * kRowPitch),
@@ -70,20 +70,23 @@ class FewQueries {
                  std::min(n + step, q.end[0]));
     }
     constexpr T hidden = -std::numeric_limits<T>::infinity();
-    T largest = hidden;
-    for (int64_t n = all.begin; n < all.end; ++n) largest = std::max(largest, scores[n]);
-    largest_[r] = largest;
-    sum_[r] = 0;
-    // Subtracting -inf would give NaN.
-    const T shift = largest == hidden ? T(0) : largest;
-    for (int64_t n = all.begin; n < all.end; n += Simd<T>::lanes) {
-      T lanes[Simd<T>::lanes] = {};
-      const int64_t count = std::min<int64_t>(Simd<T>::lanes, all.end - n);
-      std::copy(scores + n, scores + n + count, lanes);
-      store<T>(lanes, exp2_flushed<T>((load(lanes) - splat<T>(shift)) * splat<T>(T(kLog2E))));
-      std::copy(lanes, lanes + count, scores + n);
-      for (int64_t i = 0; i < count; ++i) sum_[r] += lanes[i];
+    constexpr int lanes = Simd<T>::lanes;
+    const int64_t end = all.begin + round_up(std::max<int64_t>(all.end - all.begin, 0), lanes);
+    std::fill(scores + std::min(all.end, end), scores + end, hidden);
+    Vec<T> largest = splat<T>(hidden);
+    for (int64_t n = all.begin; n < end; n += lanes) {
+      largest = maximum<T>(load(scores + n), largest);
     }
+    largest_[r] = horizontal_max<T>(largest);
+    // Subtracting -inf would give NaN.
+    const Vec<T> shift = splat<T>(largest_[r] == hidden ? T(0) : largest_[r]);
+    Vec<T> sum{};
+    for (int64_t n = all.begin; n < end; n += lanes) {
+      const Vec<T> weight = exp2_flushed<T>((load(scores + n) - shift) * splat<T>(T(kLog2E)));
+      store<T>(scores + n, weight);
+      sum += weight;
+    }
+    sum_[r] = horizontal_sum<T>(sum);
   }
 
   void multiply_values(int64_t kv_head, Interval keys) {
@@ -121,7 +124,7 @@ class FewQueries {
 
  protected:
   int64_t rows_;   // query heads of the group times M
-  int64_t pitch_;  // of scores
+  int64_t pitch_;  // of scores, room for a vector that starts at any key
   Scratch<T> query_, scores_, out_, copies_;
 
  private:

@@ -15,17 +15,22 @@ namespace attn {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64 + 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
+  // Not aligned_alloc, which looks for more than it takes: glibc would not find the block again
+  // that the last one of this size left, and the heap would grow.
+  explicit Scratch(int64_t count)
+      : block_(std::malloc(static_cast<size_t>(count) * sizeof(T) + 2 * kAlign)) {
+    if (block_ == nullptr) throw std::bad_alloc();
+    const uintptr_t address = reinterpret_cast<uintptr_t>(block_);
+    data_ = reinterpret_cast<T*>((address + kAlign - 1) / kAlign * kAlign);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { std::free(block_); }
   T* get() const { return data_; }
 
  private:
+  static constexpr size_t kAlign = 64;
+  void* block_;
   T* data_;
 };
 

@@ -8,7 +8,7 @@
 
 namespace attn::l1 {
 
-constexpr int64_t kSliceBytes = int64_t{24} << 20;
+constexpr int64_t kSliceBytes = int64_t{16} << 20;
 
 inline int64_t bytes_of(ScalarType dtype) {
   switch (dtype) {
