@@ -11,8 +11,8 @@ from attn_ops._checks import compute_dtype
 from attn_ops._in_blocks import InBlocks, query_blocks
 from attn_ops.l1 import reference
 
-# Few enough that differences of several widths stay in a cache together.
-BLOCK_SCORES = 1 << 17
+# 4 MiB of float32, as many as there are differences at a time.
+BLOCK_SCORES = 1 << 20
 
 ATTENTION = InBlocks(
     reference.forward,
