@@ -72,6 +72,8 @@ def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -
         {
             "forward": staticmethod(forward),
             "backward": staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads))),
+            # As `autograd.Function` has it: compiled autograd asks which function a node is of.
+            "_compiled_autograd_key": staticmethod(lambda ctx: (ctx._autograd_function_id,)),
         },
     )
 
