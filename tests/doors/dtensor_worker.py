@@ -44,7 +44,7 @@ Place = Callable[[str, Tensor], Placement]
 
 
 def over_batch(name: str, x: Tensor) -> Placement:
-    shared = {"query", "key", "value", "state", "key_sum"}
+    shared = {"query", "key", "value", "value_reverse", "state", "key_sum"}
     wide = name == "mask" or (name == "bias" and x.dim() == 4)
     return Shard(0) if name in shared or (wide and x.shape[0] > 1) else Replicate()
 
@@ -54,7 +54,7 @@ def over_heads(name: str, x: Tensor) -> Placement:
         name in ("query_gain", "key_gain") and x.dim() == 2
     ):
         dim = 0
-    elif name in ("query", "key", "value", "mask", "bias", "state", "key_sum") and x.dim() > 2:
+    elif x.dim() > 2:
         dim = 0 if name == "bias" and x.dim() == 3 else 1
     else:
         return Replicate()
