@@ -454,6 +454,24 @@ inline void store2(uint32_t* to, uint32_t x, uint32_t y) {
   emulator::check_aligned(to, 8);
   *reinterpret_cast<uint2*>(to) = make_uint2(x, y);
 }
+template <class Word>
+void exchange_matrices(uint32_t (&r)[4], const uint32_t* row, Word word) {
+  emulator::check_aligned(row, 16);
+  const uint32_t* rows[emulator::kWarp];
+  emulator::exchange(row, rows);
+  for (int j = 0; j < 4; ++j) r[j] = word(rows + 8 * j);
+}
+inline void load_matrices(uint32_t (&r)[4], const uint32_t* row) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  exchange_matrices(r, row, [&](const uint32_t* const* rows) { return rows[g][t]; });
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const uint32_t* row) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  exchange_matrices(r, row, [&](const uint32_t* const* rows) {
+    const uint32_t low = rows[2 * t][g / 2] >> (16 * (g % 2));
+    return (low & 0xffff) | rows[2 * t + 1][g / 2] >> (16 * (g % 2)) << 16;
+  });
+}
 inline void store4_streaming(float* to, float4 x) {
   store4(to, x);
 }

@@ -212,6 +212,23 @@ ATTN_DEVICE void store4(uint32_t* to, uint4 x) {
 ATTN_DEVICE void store2(uint32_t* to, uint32_t x, uint32_t y) {
   *reinterpret_cast<uint2*>(to) = make_uint2(x, y);
 }
+// Four 8 x 4 matrices of words from shared memory: lane i gives the address of row i % 8 of matrix
+// i / 8 (16 bytes, aligned); r[j] is the word of row g and column t of matrix j.
+ATTN_DEVICE void load_matrices(uint32_t (&r)[4], const uint32_t* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+// Four 8 x 8 matrices of 16 bits: r[j] is the pair of rows 2t, 2t + 1 in column g of matrix j.
+ATTN_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const uint32_t* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
 // Written once, read by nobody here: past the caches.
 ATTN_DEVICE void store4_streaming(float* to, float4 x) {
   __stcs(reinterpret_cast<float4*>(to), x);

@@ -39,6 +39,17 @@ void with_plan(ScalarType dtype, const Problem& p, F f) {
   });
 }
 
+// Rows start at multiples of 16 bytes and end there.
+bool in_sixteens(const Tensor& tensor) {
+  const int64_t each = tensor.scalar_type() == ScalarType::Float ? 4 : 8;
+  bool aligned = tensor.size(3) % each == 0 && tensor.stride(3) == 1 &&
+                 reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  for (int dim = 0; dim < 3; ++dim) {
+    aligned = aligned && (tensor.size(dim) == 1 || tensor.stride(dim) % each == 0);
+  }
+  return aligned;
+}
+
 float* floats(const Tensor& tensor) {
   return static_cast<float*>(tensor.data_ptr());
 }
@@ -193,7 +204,7 @@ Six backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tenso
   const Device device(query);
   Gradients g{};
   g.grad_out = array(grad_out);
-  g.grad_out_in_pairs = in_pairs(grad_out);
+  g.aligned = in_sixteens(query) && in_sixteens(key) && in_sixteens(value) && in_sixteens(grad_out);
   const Tensor rows = row_pass(device, query, p, g, grad_lse);
   if (sink.has_value() && output_mask[5]) {
     launch(device, "l1: gradient of sink", &sink_kernel, dim3(static_cast<unsigned>(p.H)),
@@ -242,6 +253,7 @@ std::tuple<Tensor, Tensor> scores_backward(const Tensor& grad, const Tensor& que
   Gradients g{};
   g.grad_scores = array(grad);
   g.grad_scores_is_float = grad.scalar_type() == ScalarType::Float;
+  g.aligned = in_sixteens(query) && in_sixteens(key);
   g.query = data_if(grad_query, output_mask[0]);
   g.key = data_if(grad_key, output_mask[1]);
   with_plan(query.scalar_type(), p, [&](auto zero, auto plan) {

@@ -10,38 +10,19 @@
 
 namespace attn::cuda::l1 {
 
-// Which tiles of keys a tile of queries sees, `all` of its pairs with this one's keys.
+// Which tiles of keys a tile of queries sees. Both ends of the interval of a query never decrease
+// along the queries (masks.py).
 struct Reach {
   int first, last;
-  bool all;
 };
 
 template <class P>
-ATTN_DEVICE Reach reach_of(const Problem& p, int b, int first_query, int first_key) {
-  int begin = p.N, end = 0, latest_begin = 0, earliest_end = p.N;
-  for (int r = threadIdx.x % 32; r < P::kQueries; r += 32) {
-    const int m = first_query + r;
-    const Interval seen = m < p.M ? visible_keys(p, b, m) : Interval{0, 0};
-    if (seen.begin < seen.end) {
-      begin = seen.begin < begin ? seen.begin : begin;
-      end = seen.end > end ? seen.end : end;
-    }
-    latest_begin = seen.begin > latest_begin ? seen.begin : latest_begin;
-    earliest_end = seen.end < earliest_end ? seen.end : earliest_end;
-  }
-  ATTN_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const int other_begin = shuffle_xor(begin, mask), other_end = shuffle_xor(end, mask);
-    const int other_latest = shuffle_xor(latest_begin, mask);
-    const int other_earliest = shuffle_xor(earliest_end, mask);
-    begin = other_begin < begin ? other_begin : begin;
-    end = other_end > end ? other_end : end;
-    latest_begin = other_latest > latest_begin ? other_latest : latest_begin;
-    earliest_end = other_earliest < earliest_end ? other_earliest : earliest_end;
-  }
-  const bool all = latest_begin <= first_key && earliest_end >= first_key + P::kKeys;
-  if (begin >= end) return {1, 0, false};
-  return {begin / P::kKeys, (end - 1) / P::kKeys, all};
+ATTN_DEVICE Reach reach_of(const Problem& p, int b, int first_query) {
+  const int past = first_query + P::kQueries;
+  const Interval first = visible_keys(p, b, first_query);
+  const Interval last = visible_keys(p, b, (past < p.M ? past : p.M) - 1);
+  if (first.begin >= last.end) return {1, 0};
+  return {first.begin / P::kKeys, (last.end - 1) / P::kKeys};
 }
 
 // Tiles of queries among which are all that the band lets see a tile of keys.
@@ -70,7 +51,7 @@ class KeyTile {
       : p_(p),
         g_(g),
         memory_(shared_memory<uint32_t>()),
-        columns_(reinterpret_cast<float*>(memory_ + Memory::kColumns)),
+        columns_(memory_ + Memory::kColumns),
         b_(head / p.Hk),
         hk_(head % p.Hk),
         tile_(tile),
@@ -85,27 +66,35 @@ class KeyTile {
     const int group = p_.H / p_.Hk;
     const Interval tiles = query_tiles<P>(p_, first_key_);
     for (int h = hk_ * group; h < (hk_ + 1) * group; ++h) {
+      // From the last on: of a causal problem that is the one all blocks see, so that they follow
+      // each other at the distance of an addition; from the first on each would wait for its
+      // predecessor's whole tile.
 #pragma unroll 1
-      for (int i = tiles.begin; i < tiles.end; ++i) {
-        const Reach reach = reach_of<P>(p_, b_, i * P::kQueries, first_key_);
+      for (int i = tiles.end - 1; i >= tiles.begin; --i) {
+        const Reach reach = reach_of<P>(p_, b_, i * P::kQueries);
         if (tile_ >= reach.first && tile_ <= reach.last) query_tile(h, i, reach);
       }
     }
     copies_wait<0>();
     __syncthreads();
     if (g_.key) store_keys(static_cast<T*>(g_.key));
-    if (g_.value) store_values(static_cast<T*>(g_.value));
+    if (g_.value) {
+      T* out = static_cast<T*>(g_.value) +
+               ((int64_t{b_} * p_.Hk + hk_) * p_.N + first_key_) * p_.E;
+      value_sums_.store(reinterpret_cast<const float*>(memory_ + Memory::kValueSums),
+                        p_.N - first_key_, p_.E, out);
+    }
   }
 
   // Adds the gradients of the scores of a tile, without those of other queries and keys.
   ATTN_DEVICE void add_score_grads(int h, int i, Tile<16>& sums) {
-    const Reach reach = reach_of<P>(p_, b_, i * P::kQueries, first_key_);
+    const Reach reach = reach_of<P>(p_, b_, i * P::kQueries);
     if (tile_ < reach.first || tile_ > reach.last) return;
     stage_keys();
     stage_queries(h, i * P::kQueries);
     __syncthreads();
     Tile<16> grads = {};
-    if (warp() < kTileWarps) pairs<true>(h, i * P::kQueries, reach.all, grads);
+    if (warp() < kTileWarps) pairs<true>(h, i * P::kQueries, grads);
     ATTN_UNROLL
     for (int e = 0; e < 16; ++e)
       sums.at[e / 8][e / 4 % 2][e % 4] += grads.at[e / 8][e / 4 % 2][e % 4];
@@ -115,16 +104,21 @@ class KeyTile {
  private:
   static ATTN_DEVICE int warp() { return threadIdx.x / 32; }
 
-  ATTN_DEVICE Rows<T> rows(const Array& of, int head, int first_row, int count, int width,
-                           bool in_pairs, float factor) const {
-    return {of.at<T>(b_, head), of.stride[2], of.stride[3], first_row, count, 0,
-            P::kWords,          width,        in_pairs,     factor};
+  ATTN_DEVICE Source<T> source(const Array& of, int head, int first, int count, int width) const {
+    return {of.at<T>(b_, head), of.stride[2], of.stride[3], first, count, width, g_.aligned};
+  }
+
+  ATTN_DEVICE Source<T> values(int row) const {
+    return source(p_.value, hk_, first_key_ + row, p_.N, p_.E);
   }
 
   ATTN_DEVICE void stage_keys() {
-    stage_words<T, P::kKeyPitch>(
-        rows(p_.key, hk_, first_key_, p_.N, p_.D, p_.key_in_pairs, factor_.up), P::kKeys, P::kWarps,
-        memory_);
+    stage_columns<T, P, P::kKeys, P::kKeyPitch>(source(p_.key, hk_, first_key_, p_.N, p_.D),
+                                                factor_.up, memory_);
+    if (Memory::kHoldsValues && !g_.grad_scores.data) {
+      stage_rows<T, P, P::kKeys>(values(0), padded_words<T>(p_.E), Memory::kRowPitch, value_place,
+                                 memory_ + Memory::kValues);
+    }
     copies_commit();
   }
 
@@ -133,13 +127,13 @@ class KeyTile {
     stage_queries(h, first_query);
     __syncthreads();
     Tile<16> coefficients = {};
-    if (warp() < kTileWarps) pairs<false>(h, first_query, reach.all, coefficients);
+    if (warp() < kTileWarps) pairs<false>(h, first_query, coefficients);
     __syncthreads();
     float up = 1.0f, down = 1.0f;
     find_factor(up, down);
     if (!g_.grad_scores.data && g_.value) {
-      add_values<T, P>(memory_ + Memory::kWeights, memory_ + Memory::kRows, p_.E,
-                       reinterpret_cast<float*>(memory_ + Memory::kValueSums));
+      value_sums_.add(memory_ + Memory::kWeights, memory_ + Memory::kRows, p_.E,
+                      reinterpret_cast<float*>(memory_ + Memory::kValueSums));
     }
     __syncthreads();
     if (warp() < kTileWarps) {
@@ -155,14 +149,14 @@ class KeyTile {
   }
 
   ATTN_DEVICE void stage_queries(int h, int first_query) {
-    stage_words<T, P::kQueryPitch>(
-        rows(p_.query, h, first_query, p_.M, p_.D, p_.query_in_pairs, factor_.up), P::kQueries,
-        P::kWarps, memory_ + Memory::kQuery);
     if (!g_.grad_scores.data) {
-      Rows<T> grad = rows(g_.grad_out, h, first_query, p_.M, p_.E, g_.grad_out_in_pairs, 1.0f);
-      grad.words = padded_words<T>(p_.E);
-      stage_rows<T>(grad, P::kQueries, P::kWarps, Memory::kRowPitch, memory_ + Memory::kRows);
+      stage_rows<T, P, P::kQueries>(
+          source(g_.grad_out, h, first_query, p_.M, p_.E), padded_words<T>(p_.E), Memory::kRowPitch,
+          [](int row) { return row; }, memory_ + Memory::kRows);
     }
+    copies_commit();
+    stage_columns<T, P, P::kQueries, P::kQueryPitch>(source(p_.query, h, first_query, p_.M, p_.D),
+                                                     factor_.up, memory_ + Memory::kQuery);
     if (threadIdx.x < P::kQueries) {
       const int r = threadIdx.x, m = first_query + r;
       const bool exists = m < p_.M;
@@ -171,17 +165,16 @@ class KeyTile {
       columns_.end[r] = seen.end;
       const int64_t row = (int64_t{b_} * p_.H + h) * p_.M + m;
       const bool given = exists && !g_.grad_scores.data;
-      columns_.lse[r] = given ? g_.lse[row] : 0.0f;
-      columns_.delta[r] = given ? g_.delta[row] : 0.0f;
+      columns_.lse[r] = float_bits(given ? g_.lse[row] : 0.0f);
+      columns_.delta[r] = float_bits(given ? g_.delta[row] : 0.0f);
     }
-    copies_commit();
     copies_wait<0>();
   }
 
   // The thread's coefficients, or the gradients of its scores; its weights and the warp's largest
   // coefficient go to memory.
   template <bool kOfScores>
-  ATTN_DEVICE void pairs(int h, int first_query, bool all, Tile<16>& coefficients) {
+  ATTN_DEVICE void pairs(int h, int first_query, Tile<16>& coefficients) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int row = warp() % kTileRows * 32, column = warp() / kTileRows * 16;
     Tile<16> weights = {};
@@ -192,11 +185,10 @@ class KeyTile {
       add_distances<16, P::kKeyPitch, P::kQueryPitch>(
           memory_ + row + 4 * g, memory_ + Memory::kQuery + column + 4 * t, padded_words<T>(p_.D),
           coefficients, SignKind<T>{});
-      Rows<T> value = rows(p_.value, hk_, first_key_ + row, p_.N, p_.E, p_.value_in_pairs, 1.0f);
-      value.words = padded_words<T>(p_.E);
+      const ValueRows<T, P> value(memory_ + Memory::kValues + row * Memory::kRowPitch, values(row));
       multiply_grad_out<T, P>(value, memory_ + Memory::kRows + column * Memory::kRowPitch,
-                              products);
-      weigh<kOfScores>(h, first_query, row, column, all, products, coefficients, weights);
+                              padded_words<T>(p_.E), products);
+      weigh<kOfScores>(h, first_query, row, column, products, coefficients, weights);
       store_weights<T, P>(
           weights, memory_ + Memory::kWeights + row * Memory::kWeightPitch + column / P::kPart);
     }
@@ -218,30 +210,32 @@ class KeyTile {
 
   // Distances become coefficients or gradients of scores.
   template <bool kOfScores>
-  ATTN_DEVICE void weigh(int h, int first_query, int row, int column, bool all,
+  ATTN_DEVICE void weigh(int h, int first_query, int row, int column, 
                          const Tile<16>& products, Tile<16>& coefficients,
                          Tile<16>& weights) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const float4 lse = load4(columns_.lse + column + 4 * t);
-    const float4 delta = load4(columns_.delta + column + 4 * t);
-    const float lses[4] = {lse.x, lse.y, lse.z, lse.w};
-    const float deltas[4] = {delta.x, delta.y, delta.z, delta.w};
+    float lses[4], deltas[4];
+    load_four(lses, columns_.lse + column + 4 * t);
+    load_four(deltas, columns_.delta + column + 4 * t);
+    const uint4 begin = load4(columns_.begin + column + 4 * t);
+    const uint4 end = load4(columns_.end + column + 4 * t);
+    const int begins[4] = {int(begin.x), int(begin.y), int(begin.z), int(begin.w)};
+    const int ends[4] = {int(end.x), int(end.y), int(end.z), int(end.w)};
     ATTN_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int query = column + 4 * t + j;
-      const int begin = columns_.begin[query], end = columns_.end[query];
       ATTN_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int n = first_key_ + row + 4 * g + i, c = i % 2 * 2 + j % 2;
+        const bool visible = n >= begins[j] && n < ends[j];
         float& coefficient = coefficients.at[i / 2][j / 2][c];
-        const float distance = coefficient * factor_.down;
-        coefficient = 0.0f;
-        if (all || (n >= begin && n < end)) {
-          const Pair pair = pair_of<T, kExtras>(p_, distance, products.at[i / 2][j / 2][c], lses[j],
-                                                deltas[j], b_, h, first_query + query, n);
-          coefficient = kOfScores ? pair.grad : pair.grad * pair.slope;
-          weights.at[i / 2][j / 2][c] = pair.weight;
-        }
+        float added = 0.0f;
+        if (kExtras && visible) added = added_to_score<T>(p_, b_, h, first_query + query, n);
+        const Pair pair = pair_of<kExtras>(p_, coefficient * factor_.down, added,
+                                           products.at[i / 2][j / 2][c], lses[j], deltas[j]);
+        const float wanted = kOfScores ? pair.grad : pair.grad * pair.slope;
+        coefficient = visible ? wanted : 0.0f;
+        weights.at[i / 2][j / 2][c] = visible ? pair.weight : 0.0f;
       }
     }
   }
@@ -300,8 +294,7 @@ class KeyTile {
 
   // The tile's gradient of its queries joins that of the key tiles before; the last one stores it.
   ATTN_DEVICE void add_queries(int h, int tile, int rank, bool last) {
-    constexpr int kGroups = P::kQueries / 4 * (kWidth / 8) / P::kWarps;
-    const int group = p_.H / p_.Hk, lane = threadIdx.x % 32;
+    const int group = p_.H / p_.Hk;
     const int64_t head = int64_t{b_} * p_.H + h;
     int* flag = g_.flags + head * ((p_.M + P::kQueries - 1) / P::kQueries) + tile;
     if (rank > 0 && threadIdx.x == 0) {
@@ -312,32 +305,69 @@ class KeyTile {
     const int first = tile * P::kQueries;
     float* sums = g_.query_sums + ((head - int64_t{g_.first_head} * group) * p_.M + first) * p_.D;
     T* out = static_cast<T*>(g_.query) + (head * p_.M + first) * p_.D;
-    const float* own = reinterpret_cast<const float*>(memory_ + Memory::kRows);
-#pragma unroll 1
-    for (int k = 0; k < kGroups; k += 4) {
-      float before[4];
-      ATTN_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int of = (k + i) * P::kWarps + warp();
-        const int m = of / (kWidth / 8) * 4 + lane / 8, d = of % (kWidth / 8) * 8 + lane % 8;
-        const bool exists = first + m < p_.M && d < p_.D;
-        before[i] = rank > 0 && exists ? sums[m * p_.D + d] : 0.0f;
-      }
-      ATTN_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int of = (k + i) * P::kWarps + warp();
-        const int m = of / (kWidth / 8) * 4 + lane / 8, d = of % (kWidth / 8) * 8 + lane % 8;
-        if (first + m >= p_.M || d >= p_.D) continue;
-        const float sum = before[i] + own[P::row_of(d) * P::kQueryPitch + m];
-        if (last) {
-          out[m * p_.D + d] = from_float<T>(sum);
-        } else {
-          sums[m * p_.D + d] = sum;
-        }
-      }
+    const int queries = p_.M - first < P::kQueries ? p_.M - first : P::kQueries;
+    if (p_.D % 4 == 0) {
+      add_fours(queries, rank > 0, sums, last ? out : nullptr);
+    } else {
+      add_ones(queries, rank > 0, sums, last ? out : nullptr);
     }
     __syncthreads();
     if (threadIdx.x == 0) store_release(flag, rank + 1);
+  }
+
+  // `sums` (if there are any yet) plus this tile's gradient of queries, to `out`, or if it is null
+  // to `sums`. Four widths at a time: a warp has 16 queries x 8 widths, sectors and no bank twice.
+  ATTN_DEVICE void add_fours(int queries, bool add, float* sums, T* out) const {
+    constexpr int kRows = P::kQueries / 16, kGroups = kRows * (kWidth / 8) / P::kWarps;
+    const int lane = threadIdx.x % 32;
+    const float* own = reinterpret_cast<const float*>(memory_ + Memory::kRows);
+#pragma unroll 1
+    for (int k = 0; k < kGroups; k += 4) {
+      float4 sum[4];
+      ATTN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int of = (k + i) * P::kWarps + warp();
+        const int m = of % kRows * 16 + lane % 16, d = of / kRows * 8 + lane / 16 * 4;
+        sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (add && m < queries && d < p_.D) sum[i] = load4(sums + m * p_.D + d);
+      }
+      ATTN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int of = (k + i) * P::kWarps + warp();
+        const int m = of % kRows * 16 + lane % 16, d = of / kRows * 8 + lane / 16 * 4;
+        if (m >= queries || d >= p_.D) continue;
+        sum[i].x += own[P::row_of(d) * P::kQueryPitch + m];
+        sum[i].y += own[P::row_of(d + 1) * P::kQueryPitch + m];
+        sum[i].z += own[P::row_of(d + 2) * P::kQueryPitch + m];
+        sum[i].w += own[P::row_of(d + 3) * P::kQueryPitch + m];
+        if (out == nullptr) {
+          store4(sums + m * p_.D + d, sum[i]);
+        } else {
+          store_four(out + m * p_.D + d, sum[i]);
+        }
+      }
+    }
+  }
+
+  static ATTN_DEVICE void store_four(T* to, float4 x) {
+    if constexpr (sizeof(T) == 4) {
+      store4(to, x);
+    } else {
+      store2(reinterpret_cast<uint32_t*>(to), pack<T>(x.x, x.y), pack<T>(x.z, x.w));
+    }
+  }
+
+  ATTN_DEVICE void add_ones(int queries, bool add, float* sums, T* out) const {
+    const float* own = reinterpret_cast<const float*>(memory_ + Memory::kRows);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < queries * p_.D; i += P::kThreads) {
+      const float sum = (add ? sums[i] : 0.0f) + own[P::row_of(i % p_.D) * P::kQueryPitch + i / p_.D];
+      if (out == nullptr) {
+        sums[i] = sum;
+      } else {
+        out[i] = from_float<T>(sum);
+      }
+    }
   }
 
   ATTN_DEVICE void store_keys(T* out) const {
@@ -349,25 +379,17 @@ class KeyTile {
     }
   }
 
-  ATTN_DEVICE void store_values(T* out) const {
-    const float* sums = reinterpret_cast<const float*>(memory_ + Memory::kValueSums);
-    out += ((int64_t{b_} * p_.Hk + hk_) * p_.N + first_key_) * p_.E;
-    const int keys = p_.N - first_key_ < P::kKeys ? p_.N - first_key_ : P::kKeys;
-    for (int i = threadIdx.x; i < keys * p_.E; i += P::kThreads) {
-      out[i] = from_float<T>(sums[i / p_.E * Memory::kValuePitch + i % p_.E]);
-    }
-  }
-
   const Problem& p_;
   const Gradients& g_;
   uint32_t* memory_;
   Columns<P> columns_;
   int b_, hk_, tile_, first_key_;
   Factor factor_;
+  ValueSums<T, P> value_sums_;
 };
 
 template <class T, int kWidth, bool kExtras>
-__global__ void __launch_bounds__(Plan<T, kWidth>::kThreads, kWidth <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(Plan<T, kWidth>::kThreads, Plan<T, kWidth>::kBlocksOfSM)
     backward_kernel(const __grid_constant__ Problem p, const __grid_constant__ Gradients g) {
   using Memory = BackwardMemory<T, Plan<T, kWidth>>;
   int* ticket = shared_memory<int>() + Memory::kTicket;

@@ -6,6 +6,7 @@
 // queries 4t + 0..3 (distance.cuh; row 16m + g + 8i of the matrix units is key 4g + 2m + i here).
 #pragma once
 
+#include "l1/cuda/backward_stage.cuh"
 #include "l1/cuda/sweep.cuh"
 #include "l1/cuda/values.cuh"
 
@@ -14,7 +15,7 @@ namespace attn::cuda::l1 {
 // What the backward reads and writes besides the problem.
 struct Gradients {
   Array grad_out;  // [B,H,M,E]
-  bool grad_out_in_pairs;
+  bool aligned;    // rows of query, key, value and grad_out start at multiples of 16 bytes
   Array grad_scores;  // [B,H,M,N]: given instead of value and grad_out, T or float
   bool grad_scores_is_float;
   const float* lse;    // [B,H,M], +inf in place of -inf
@@ -47,127 +48,138 @@ struct BackwardMemory {
   static constexpr int kWeights = kFloat ? kPlanes : kPlanes + 2 * P::kPlane;
   static constexpr int kKeySums = kPlanes + 2 * P::kPlane + (kFloat ? 0 : P::kKeys * kWeightPitch);
   static constexpr int kValueSums = kKeySums + P::kWidth * P::kKeyPitch;
-  static constexpr int kColumns = kValueSums + P::kKeys * kValuePitch;
+  // 16 bits: the sums of values stay in registers.
+  static constexpr int kColumns = kValueSums + (kFloat ? P::kKeys * kValuePitch : 0);
   static constexpr int kLargest = kColumns + 4 * P::kQueries;
   static constexpr int kTicket = kLargest + P::kWarps;
-  static constexpr int kTotal = kTicket + 4;
+  static constexpr int kValues = kTicket + 4;
+  static constexpr int kMost = (P::kBlocksOfSM == 1 ? 227 : 228 / P::kBlocksOfSM - 1) * 256;
+  static constexpr bool kHoldsValues = kValues + P::kKeys * kRowPitch <= kMost;
+  static constexpr int kTotal = kValues + (kHoldsValues ? P::kKeys * kRowPitch : 0);
   static constexpr size_t kBytes = sizeof(uint32_t) * kTotal;
-  static_assert(kBytes <= 227 * 1024);
+  static_assert(kTotal <= kMost);
 };
 
 // What a tile knows of its queries: [kQueries] each in shared memory.
 template <class P>
 struct Columns {
-  float* lse;
-  float* delta;
-  int *begin, *end;
+  uint32_t *lse, *delta, *begin, *end;
 
-  ATTN_DEVICE explicit Columns(float* at)
+  ATTN_DEVICE explicit Columns(uint32_t* at)
       : lse(at),
         delta(at + P::kQueries),
-        begin(reinterpret_cast<int*>(at + 2 * P::kQueries)),
-        end(reinterpret_cast<int*>(at + 3 * P::kQueries)) {}
+        begin(at + 2 * P::kQueries),
+        end(at + 3 * P::kQueries) {}
 };
 
-// --- staging
+// --- products of words as they are: 3 products of 11-bit parts for float32. A product waits long
+// for the one before it into the same sum, hence several sums at once.
 
-// A word of a row as it is; zeros beyond its elements.
-template <class T>
-ATTN_DEVICE uint32_t row_word(const Rows<T>& from, int r, int word) {
-  const int size = from.size(r), element = word * kWordElements<T>;
-  if (element >= size) return 0;
-  const T* row = from.row(r) + element * from.stride;
+// c[i] += a[i / kB] b[i % kB].
+template <class T, int kA, int kB>
+ATTN_DEVICE void multiply_words(float (&c)[kA * kB][4], const uint32_t (&a)[kA][4],
+                                const uint32_t (&b)[kB][2]) {
   if constexpr (sizeof(T) == 4) {
-    return float_bits(*row);
-  } else {
-    if (from.in_pairs) return *reinterpret_cast<const uint32_t*>(row);
-    return load_pair(row, from.stride, 0, size - element);
-  }
-}
-
-// [word][row], 16 bits as halves times the factor: a warp copies 8 words of 4 rows at once.
-template <class T, int kPitch>
-ATTN_DEVICE void stage_words(const Rows<T>& from, int rows, int warps, uint32_t* to) {
-#pragma unroll 1
-  for (int group = threadIdx.x / 32; group < rows / kGroupRows; group += warps) {
-    const int r = kGroupRows * group + threadIdx.x % 32 / kGroupWords;
-#pragma unroll 4
-    for (int word = threadIdx.x % kGroupWords; word < from.words; word += kGroupWords) {
-      uint32_t* target = to + word * kPitch + r;
-      if constexpr (sizeof(T) == 4) {
-        const bool valid = word < from.size(r);
-        copy4_async(target, valid ? from.row(r) + word * from.stride : from.data, valid);
-      } else {
-        *target = scaled_pair(row_word(from, r, word), from.factor, T{});
-      }
-    }
-  }
-}
-
-// Row by row: [row][word].
-template <class T>
-ATTN_DEVICE void stage_rows(const Rows<T>& from, int rows, int warps, int pitch, uint32_t* to) {
-#pragma unroll 1
-  for (int r = threadIdx.x / 32; r < rows; r += warps) {
-    for (int word = threadIdx.x % 32; word < from.words; word += 32) {
-      if constexpr (sizeof(T) == 4) {
-        const bool valid = word < from.size(r);
-        copy4_async(to + r * pitch + word, valid ? from.row(r) + word * from.stride : from.data,
-                    valid);
-      } else {
-        to[r * pitch + word] = row_word(from, r, word);
-      }
-    }
-  }
-}
-
-// --- products of words as they are: 3 products of 11-bit parts for float32.
-
-template <class T>
-ATTN_DEVICE void multiply_words(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (sizeof(T) == 4) {
-    uint32_t large[4], small[4];
+    uint32_t a_parts[2][kA][4], b_parts[2][kB][2];
     ATTN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      large[i] = large_part(bits_float(a[i]));
-      small[i] = small_part(bits_float(a[i]));
+    for (int i = 0; i < 4 * kA; ++i) {
+      a_parts[0][i / 4][i % 4] = large_part(bits_float(a[i / 4][i % 4]));
+      a_parts[1][i / 4][i % 4] = small_part(bits_float(a[i / 4][i % 4]));
     }
-    const uint32_t large_b[2] = {large_part(bits_float(b[0])), large_part(bits_float(b[1]))};
-    const uint32_t small_b[2] = {small_part(bits_float(b[0])), small_part(bits_float(b[1]))};
-    mma_tf32(c, small, large_b);
-    mma_tf32(c, large, small_b);
-    mma_tf32(c, large, large_b);
-  } else if constexpr (std::is_same_v<T, Half>) {
-    mma_half(c, a, b);
-  } else {
-    mma_bfloat(c, a, b);
-  }
-}
-
-// grad_out value^T of a warp's 32 keys and 16 queries. `value`: rows from the warp's first key,
-// words padded to 8; `rows`: grad_out in shared memory from the warp's first query.
-template <class T, class P>
-ATTN_DEVICE void multiply_grad_out(const Rows<T>& value, const uint32_t* rows, Tile<16>& products) {
-  constexpr int kPitch = BackwardMemory<T, P>::kRowPitch;
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  rows += (4 * (g / 2) + g % 2) * kPitch + t;
-#pragma unroll 2
-  for (int word = 0; word < value.words; word += 8) {
-    uint32_t b[2][2], a[2][4];
     ATTN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      b[i / 2][i % 2] = rows[i / 2 * 2 * kPitch + word + 4 * (i % 2)];
+    for (int i = 0; i < 2 * kB; ++i) {
+      b_parts[0][i / 2][i % 2] = large_part(bits_float(b[i / 2][i % 2]));
+      b_parts[1][i / 2][i % 2] = small_part(bits_float(b[i / 2][i % 2]));
+    }
+    ATTN_UNROLL
+    for (int part = 2; part >= 0; --part) {
       ATTN_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        a[m][i] = row_word(value, 4 * g + 2 * m + i % 2, word + t + 4 * (i / 2));
+      for (int i = 0; i < kA * kB; ++i) {
+        mma_tf32(c[i], a_parts[part / 2][i / kB], b_parts[part % 2][i % kB]);
       }
     }
+  } else {
+    ATTN_UNROLL
+    for (int i = 0; i < kA * kB; ++i) {
+      if constexpr (std::is_same_v<T, Half>) {
+        mma_half(c[i], a[i / kB], b[i % kB]);
+      } else {
+        mma_bfloat(c[i], a[i / kB], b[i % kB]);
+      }
+    }
+  }
+}
+
+// Where key n of a tile is among the rows of values: the keys of a matrix unit's rows are neighbours.
+ATTN_DEVICE int value_place(int n) {
+  return n / 32 * 32 + n % 4 * 8 + n % 32 / 4;
+}
+
+// Left operands of values: rows g, g + 8 are keys 4g + 2m, 4g + 2m + 1 of the warp's 32.
+template <class T, class P>
+class ValueRows {
+ public:
+  // `shared`: the warp's rows, if values are held there; else they are read from `global`.
+  ATTN_DEVICE ValueRows(const uint32_t* shared, const Source<T>& global) : global_(global) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, i = threadIdx.x % 32 / 8;
+    if constexpr (kShared) {
+      shared_ = shared + (threadIdx.x % 8 + 8 * (i % 2)) * kPitch + 4 * (i / 2);
+    } else if (global.aligned) {
+      ATTN_UNROLL
+      for (int row = 0; row < 4; ++row) {
+        // A row beyond the last gives a product that nobody looks at.
+        const int r = global.exists(4 * g + row) ? 4 * g + row : 0;
+        rows_[row] = reinterpret_cast<const uint32_t*>(global.row(r)) + t;
+      }
+    }
+  }
+
+  ATTN_DEVICE void load(int word, uint32_t (&a)[2][4]) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     ATTN_UNROLL
     for (int m = 0; m < 2; ++m) {
-      ATTN_UNROLL
-      for (int h = 0; h < 2; ++h) multiply_words<T>(products.at[m][h], a[m], b[h]);
+      if constexpr (kShared) {
+        load_matrices(a[m], shared_ + 16 * m * kPitch + word);
+      } else {
+        ATTN_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int row = 2 * m + i % 2, at = word + 4 * (i / 2);
+          if (!global_.aligned) {
+            a[m][i] = global_.word(4 * g + row, at + t);
+          } else {
+            a[m][i] = (at + t) * kWordElements<T> < global_.width ? rows_[row][at] : 0;
+          }
+        }
+      }
     }
   }
+
+ private:
+  static constexpr bool kShared = BackwardMemory<T, P>::kHoldsValues;
+  static constexpr int kPitch = BackwardMemory<T, P>::kRowPitch;
+  const uint32_t* shared_;
+  const uint32_t* rows_[4];
+  Source<T> global_;
+};
+
+// grad_out value^T of a warp's 32 keys and 16 queries. `rows`: grad_out in shared memory from the
+// warp's first query; `words` of E, padded to 8.
+template <class T, class P>
+ATTN_DEVICE void multiply_grad_out(const ValueRows<T, P>& values, const uint32_t* rows, int words,
+                                   Tile<16>& products) {
+  const int i = threadIdx.x % 32 / 8, x = threadIdx.x % 8;
+  rows += (4 * (x / 2) + x % 2 + i / 2 * 2) * BackwardMemory<T, P>::kRowPitch + i % 2 * 4;
+  float sums[4][4] = {};
+#pragma unroll 2
+  for (int word = 0; word < words; word += 8) {
+    uint32_t a[2][4], b[4];
+    load_matrices(b, rows + word);
+    values.load(word, a);
+    const uint32_t columns[2][2] = {{b[0], b[1]}, {b[2], b[3]}};
+    multiply_words<T>(sums, a, columns);
+  }
+  ATTN_UNROLL
+  for (int i = 0; i < 16; ++i) products.at[i / 8][i / 4 % 2][i % 4] = sums[i / 4][i % 4];
 }
 
 // --- weights
@@ -177,17 +189,16 @@ struct Pair {
   float weight, grad, slope;
 };
 
-template <class T, bool kExtras>
-ATTN_DEVICE Pair pair_of(const Problem& p, float distance, float product, float lse, float delta,
-                         int b, int h, int m, int n) {
+template <bool kExtras>
+ATTN_DEVICE Pair pair_of(const Problem& p, float distance, float added, float product, float lse,
+                         float delta) {
   constexpr float kLog2e = 1.4426950408889634f;
-  const float score = score_of(p, distance);
-  float sum = score, slope = -p.scale;
+  float score = score_of(p, distance), slope = -p.scale;
   if constexpr (kExtras) {
     if (p.inverse) slope *= score * score;
-    sum += added_to_score<T>(p, b, h, m, n);
+    score += added;
   }
-  const float weight = fast_exp2((sum - lse) * kLog2e);
+  const float weight = fast_exp2((score - lse) * kLog2e);
   return {weight, weight * (product - delta), slope};
 }
 
@@ -245,50 +256,109 @@ ATTN_DEVICE void store_coefficients(const Tile<16>& coefficients, float up, uint
 
 // --- P^T grad_out
 
-// The word of queries m.. (2 of them in 16 bits) and column e, from grad_out [query][word of E].
+// Right operands of four half steps (8 words of 8 queries... of 16 bits: pairs of queries) and 8
+// columns from e on; `rows`: grad_out [query][word of E].
 template <class T, class P>
-ATTN_DEVICE uint32_t column_word(const uint32_t* rows, int word, int e) {
+ATTN_DEVICE void load_grad_out(const uint32_t* rows, int e, uint32_t (&b)[4]) {
   constexpr int kPitch = BackwardMemory<T, P>::kRowPitch;
   if constexpr (sizeof(T) == 4) {
-    return rows[word * kPitch + e];
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    ATTN_UNROLL
+    for (int i = 0; i < 4; ++i) b[i] = rows[(4 * i + t) * kPitch + e + g];
   } else {
-    const uint32_t low = rows[2 * word * kPitch + e / 2],
-                   high = rows[(2 * word + 1) * kPitch + e / 2];
-    return e % 2 == 0 ? (low & 0xffff) | high << 16 : low >> 16 | (high & 0xffff0000u);
+    load_matrices_transposed(b, rows + threadIdx.x % 32 * kPitch + e / 2);
   }
 }
 
-// Adds to sums [key][e]: 16 keys and every `step`-th 8 columns of a warp. A tile is summed on its
-// own: the matrix units round towards zero.
+// P^T grad_out of 16 keys and the 16 columns from e on.
 template <class T, class P>
-ATTN_DEVICE void add_values(const uint32_t* weights, const uint32_t* rows, int E, float* sums) {
-  using Memory = BackwardMemory<T, P>;
-  constexpr int kSteps = P::kQueries / P::kPart / 8;
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int first_key = 16 * (warp % P::kKeySlices);
-  uint32_t a[kSteps][4];
+ATTN_DEVICE void multiply_weights(const uint32_t (&a)[P::kQueries / P::kPart / 8][4],
+                                  const uint32_t* rows, int e, float (&c)[2][4]) {
   ATTN_UNROLL
-  for (int step = 0; step < kSteps; ++step) {
+  for (int step = 0; step < P::kQueries / P::kPart / 8; step += 2) {
+    uint32_t b[2][4];
     ATTN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      a[step][i] = weights[(first_key + g + 8 * (i % 2)) * Memory::kWeightPitch + 8 * step + t +
-                           4 * (i / 2)];
-    }
-  }
-#pragma unroll 1
-  for (int e = warp / P::kKeySlices * 8; e < E; e += P::kWarps / P::kKeySlices * 8) {
-    float c[4] = {};
-    ATTN_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      const uint32_t b[2] = {column_word<T, P>(rows, 8 * step + t, e + g),
-                             column_word<T, P>(rows, 8 * step + t + 4, e + g)};
-      multiply_words<T>(c, a[step], b);
+    for (int i = 0; i < 2; ++i) {
+      load_grad_out<T, P>(rows + step * 8 * P::kPart * BackwardMemory<T, P>::kRowPitch, e + 8 * i,
+                          b[i]);
     }
     ATTN_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      sums[(first_key + g + 8 * (i / 2)) * Memory::kValuePitch + e + 2 * t + i % 2] += c[i];
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t left[1][4] = {
+          {a[step + half][0], a[step + half][1], a[step + half][2], a[step + half][3]}};
+      const uint32_t right[2][2] = {{b[0][2 * half], b[0][2 * half + 1]},
+                                    {b[1][2 * half], b[1][2 * half + 1]}};
+      multiply_words<T>(c, left, right);
     }
   }
 }
+
+// The warp's 16 keys as left operands of P^T grad_out.
+template <class T, class P>
+ATTN_DEVICE void load_weights(const uint32_t* weights,
+                              uint32_t (&a)[P::kQueries / P::kPart / 8][4]) {
+  const int first_key = 16 * (threadIdx.x / 32 % P::kKeySlices), i = threadIdx.x % 32 / 8;
+  weights += (first_key + threadIdx.x % 8 + i % 2 * 8) * BackwardMemory<T, P>::kWeightPitch +
+             i / 2 * 4;
+  ATTN_UNROLL
+  for (int step = 0; step < P::kQueries / P::kPart / 8; ++step) {
+    load_matrices(a[step], weights + 8 * step);
+  }
+}
+
+// sum over queries of P^T grad_out: 16 keys and up to 64 columns of a warp. float32 sums lie in
+// shared memory, [key][e], and take a tile's sum at a time: the matrix units round towards zero.
+template <class T, class P>
+class ValueSums {
+  using Memory = BackwardMemory<T, P>;
+  static constexpr bool kFloat = Memory::kFloat;
+
+ public:
+  ATTN_DEVICE void add(const uint32_t* weights, const uint32_t* rows, int E, float* shared) {
+    uint32_t a[P::kQueries / P::kPart / 8][4];
+    load_weights<T, P>(weights, a);
+    shared += row() * Memory::kValuePitch + 2 * (threadIdx.x % 4);
+    ATTN_UNROLL
+    for (int k = 0; k < P::kSlice / 16; ++k) {
+      const int e = column() + 16 * k;
+      if (e >= E) break;
+      if constexpr (kFloat) {
+        float c[2][4] = {};
+        multiply_weights<T, P>(a, rows, e, c);
+        ATTN_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float2* sum = reinterpret_cast<float2*>(shared + i / 2 * 8 * Memory::kValuePitch + e +
+                                                  i % 2 * 8);
+          const float2 before = *sum;
+          *sum = make_float2(before.x + c[i % 2][i / 2 * 2], before.y + c[i % 2][i / 2 * 2 + 1]);
+        }
+      } else {
+        multiply_weights<T, P>(a, rows, e, at_[k]);
+      }
+    }
+  }
+
+  // To out [keys, E] of this tile.
+  ATTN_DEVICE void store(const float* shared, int keys, int E, T* out) const {
+    shared += row() * Memory::kValuePitch;
+    ATTN_UNROLL
+    for (int i = 0; i < P::kSlice / 16 * 8; ++i) {
+      const int key = row() + i / 2 % 2 * 8;
+      const int e = column() + i / 4 * 8 + 2 * (threadIdx.x % 4) + i % 2;
+      if (key >= keys || e >= E) continue;
+      float sum = at_[kFloat ? 0 : i / 8][i / 4 % 2][i % 4];
+      if (kFloat) sum = shared[i / 2 % 2 * 8 * Memory::kValuePitch + e];
+      out[static_cast<int64_t>(key) * E + e] = from_float<T>(sum);
+    }
+  }
+
+ private:
+  static ATTN_DEVICE int row() {
+    return 16 * (threadIdx.x / 32 % P::kKeySlices) + threadIdx.x % 32 / 4;
+  }
+  static ATTN_DEVICE int column() { return threadIdx.x / 32 / P::kKeySlices * P::kSlice; }
+
+  float at_[kFloat ? 1 : P::kSlice / 16][2][4] = {};
+};
 
 }  // namespace attn::cuda::l1

@@ -35,6 +35,7 @@ struct Plan {
   static constexpr int kKeySlices = kKeys / 16;             // a warp has 16 keys there
   static constexpr int kWarps = kKeySlices * (kWidth / kSlice);
   static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBlocksOfSM = kWidth > 64 ? 1 : sizeof(T) == 4 ? 2 : 3;
   static constexpr int kPart = sizeof(uint32_t) / sizeof(T);  // elements in a word
   static constexpr int kWords = kWidth / kPart;
   static constexpr int kBlocks = kSlice / kPart / 16;  // left operands of a slice
@@ -118,10 +119,11 @@ class Sweep {
     ATTN_UNROLL
     for (int quad = 0; quad < 4; ++quad) {
       const Coefficients b = load_coefficients<P>(planes + 4 * quad * P::kQueryPitch);
+      // Pairs outside: a product waits long for the one before it into the same sum.
       ATTN_UNROLL
-      for (int block = 0; block < P::kSums; ++block) {
+      for (int pair = 0; pair < 2; ++pair) {
         ATTN_UNROLL
-        for (int pair = 0; pair < 2; ++pair) {
+        for (int block = 0; block < P::kSums; ++block) {
           uint32_t a[4];
           ATTN_UNROLL
           for (int i = 0; i < 4; ++i) {
