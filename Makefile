@@ -17,7 +17,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 OP ?= all
-GPU_TESTS ?= $(wildcard tests/conformance tests/cosine_sim tests/linear tests/triton tests/nn tests/integrations)
+GPU_TESTS ?= $(wildcard tests/conformance tests/cosine_sim tests/l1 tests/linear tests/cuda tests/triton tests/nn tests/integrations)
 
 TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,,$(TORCH)))
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

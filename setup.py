@@ -1,7 +1,8 @@
 """Builds the libraries of attn_ops/lib from csrc/; all metadata is in pyproject.toml.
 
 libattn_ops.so has the C++ sources. libattn_ops_cuda.so has the CUDA sources; it is built where nvcc
-is found (NVCC, CUDA_HOME or PATH) and torch is a CUDA build, or where ATTN_OPS_CUDA=1 asks for it.
+is found (NVCC, CUDA_HOME or PATH) and torch is a CUDA build, or where ATTN_OPS_CUDA=1 asks for it,
+for the GPUs of TORCH_CUDA_ARCH_LIST.
 
 A library uses LibTorch's stable ABI and no Python symbols, so one build serves every Python and
 every torch >= 2.11, and it is loaded with torch.ops.load_library. It needs the headers of an
@@ -45,8 +46,8 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"
 COMPILE += STABLE_ABI
 
 # Machine code for the A100's and the H100's families, and PTX for what comes after.
-GPUS = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
-COMPILE_CUDA = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", *STABLE_ABI, *GPUS]
+GPUS = "8.0;9.0+PTX"
+COMPILE_CUDA = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", *STABLE_ABI]
 COMPILE_CUDA += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
@@ -112,6 +113,16 @@ def nvcc(torch: Path) -> str | None:
     if found is None and wanted:
         raise SystemExit("ATTN_OPS_CUDA is set and no nvcc is found (set NVCC or CUDA_HOME)")
     return found
+
+
+def gpu_flags() -> list[str]:
+    """nvcc's targets, from TORCH_CUDA_ARCH_LIST as PyTorch's own extensions read it."""
+    flags = []
+    for name in os.environ.get("TORCH_CUDA_ARCH_LIST", GPUS).replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        code = f"[sm_{number},compute_{number}]" if name.endswith("+PTX") else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return flags
 
 
 def cpu_sources(folder: Path) -> list[Path]:
@@ -189,7 +200,8 @@ class BuildLibrary(build_ext):
         folder.mkdir(exist_ok=True)
         sources = [*sorted((ROOT / "csrc").rglob("*.cu")), ROOT / "csrc/common/checks.cpp"]
         try:
-            objects = compile_objects([compiler, *COMPILE_CUDA], sources, folder, torch)
+            command = [compiler, *COMPILE_CUDA, *gpu_flags()]
+            objects = compile_objects(command, sources, folder, torch)
             # Its names of libtorch_cuda are found when it is loaded: a CPU build of torch has none.
             link([compiler], objects, self.target(CUDA_LIBRARY), torch)
         except subprocess.CalledProcessError as error:

@@ -64,13 +64,24 @@ def serving_cpu(room: str) -> Serving:
 
 
 def serving_cuda(room: str) -> Serving:
-    """Triton where the room has such a kernel and Triton is installed."""
-    if not any((_library.PACKAGE / room).glob("triton*.py")):
-        return Serving(room, "cuda", "reference", "a Triton kernel")
-    if triton_version() is None:
-        return Serving(room, "cuda", "reference", "Triton")
-    missing = "" if torch.cuda.is_available() else "a GPU, or a torch built for it"
-    return Serving(room, "cuda", "Triton; reference for float64", missing)
+    """CUDA C++ and Triton where the room has such kernels, and what they need is there."""
+    folder = _library.PACKAGE / room
+    kernels, missing = [], []
+    if (folder / "cuda.py").exists():
+        reason = _library.load_cuda_library() if torch.cuda.is_available() else ""
+        if reason:
+            missing.append(reason)
+        else:
+            kernels.append("CUDA C++")
+    if any(folder.glob("triton*.py")):
+        if triton_version() is None:
+            missing.append("Triton")
+        else:
+            kernels.append("Triton")
+    if not torch.cuda.is_available():
+        missing.append("a GPU, or a torch built for it")
+    kernel = f"{' and '.join(kernels)}; reference for float64" if kernels else "reference"
+    return Serving(room, "cuda", kernel, ", ".join(missing))
 
 
 def servings() -> list[Serving]:
