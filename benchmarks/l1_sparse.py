@@ -21,7 +21,8 @@ import attn_ops
 from benchmarks.l1_sparse_formula import formula, hub_edges, random_edges
 
 COPY = 4278e9  # bytes per second that an H200 copies
-Graphs = dict[str, Tensor]
+# Elements of a tile, its fewest edges, and edges of a program.
+TUNED = ((128, 2, 512), (256, 4, 512), (256, 4, 1024), (256, 4, 256), (512, 4, 512))
 
 
 def seconds_of(calls: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
@@ -47,11 +48,15 @@ def seconds_of(calls: dict[str, Callable[[], Any]], device: str, rounds: int) ->
     return {name: best[name] for name in calls}
 
 
-def inputs(tokens: int, heads: int, width: int, device: str, dtype: torch.dtype) -> list[Tensor]:
+def inputs(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     """query, key and value."""
     torch.manual_seed(0)
-    shape = (1, heads, tokens, width)
-    return [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
+
+    def tensor() -> Tensor:
+        shape = (1, args.heads, args.tokens, args.width)
+        return torch.randn(shape, device=args.device, dtype=args.dtype).requires_grad_()
+
+    return tensor(), tensor(), tensor()
 
 
 def report(name: str, seconds: dict[str, float], floor: float) -> None:
@@ -64,7 +69,7 @@ def report(name: str, seconds: dict[str, float], floor: float) -> None:
 
 def measure(args: argparse.Namespace, words: str, edges: Tensor, compiled: Any) -> None:
     """Everything about one graph."""
-    tensors = inputs(args.tokens, args.heads, args.width, args.device, args.dtype)
+    tensors = inputs(args)
     graph = attn_ops.EdgeList(edges, args.tokens, args.tokens)
     size = tensors[0].element_size()
     floor = edges.shape[0] * args.heads * args.width * 3 * size
@@ -76,7 +81,8 @@ def measure(args: argparse.Namespace, words: str, edges: Tensor, compiled: Any) 
     }
     if compiled is not None:
         forwards["compiled"] = lambda: compiled(*tensors, edges)
-    expected = formula(*(x.detach()[:, :1].double() for x in tensors), edges)
+    query, key, value = (x.detach()[:, :1].double() for x in tensors)
+    expected = formula(query, key, value, edges)
     error = (forwards["ours"]()[:, :1] - expected).norm() / expected.norm()
     print(f"  relative error of the first head {error:.1e}")
     grad = torch.randn_like(expected[:, :1].expand(-1, args.heads, -1, -1), dtype=args.dtype)
@@ -96,21 +102,24 @@ def tune(args: argparse.Namespace, edges: Tensor) -> None:
     """Sizes of the kernels' tiles, on CUDA."""
     from attn_ops.l1 import triton_sparse
 
-    tensors = inputs(args.tokens, args.heads, args.width, args.device, args.dtype)
+    tensors = inputs(args)
     graph = attn_ops.EdgeList(edges, args.tokens, args.tokens)
     grad = torch.randn_like(tensors[0])
 
     def forward() -> Tensor:
         return attn_ops.l1_sparse_attention(*tensors, graph)
 
-    for tile in (256, 512, 1024, 2048):
-        triton_sparse.TILE = tile
+    for tile, fewest, chunk in TUNED:
+        triton_sparse.TILE, triton_sparse.FEWEST, triton_sparse.CHUNK = tile, fewest, chunk
         calls = {
             "forward": forward,
             "forward+backward": lambda: torch.autograd.grad(forward(), tensors, grad),
         }
         times = seconds_of(calls, args.device, args.rounds)
-        print(f"  tile {tile}", {name: f"{s * 1e3:.2f} ms" for name, s in times.items()})
+        print(
+            f"  tile {tile}, at least {fewest} edges, chunk {chunk}:",
+            {name: f"{s * 1e3:.2f} ms" for name, s in times.items()},
+        )
 
 
 def main() -> None:

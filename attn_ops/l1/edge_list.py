@@ -162,3 +162,5 @@ torch.utils._pytree.register_pytree_node(
         None,
     ),
 )
+# Saved programs hold the inputs that they were exported with, and graphs are data.
+torch.serialization.add_safe_globals([EdgeList])

@@ -18,7 +18,7 @@ from torch import Tensor
 from attn_ops._checks import compute_dtype
 from attn_ops._heads import per_kv_head, per_query_head
 from attn_ops.l1 import sparse_reference
-from attn_ops.l1.sparse_reference import gather, owners
+from attn_ops.l1.sparse_reference import gather, owners, scores
 
 # Gathered numbers of one block: 16 MiB of float32.
 BLOCK_NUMBERS = 1 << 22
@@ -119,17 +119,17 @@ class _Edges:
 def _weights(args: dict[str, Any], key: Tensor, edges: _Edges) -> Tensor:
     query = args["query"]
 
-    def score(e: slice) -> Tensor:
-        difference = gather(query, edges.rows[e]) - gather(key, edges.row_keys[e])
-        return -args["scale"] * difference.abs().sum(-1)
-
-    scores = edges.per_edge(score)
+    score = edges.per_edge(
+        lambda e: scores(
+            gather(query, edges.rows[e]), gather(key, edges.row_keys[e]), args["scale"]
+        )
+    )
     if not args["softmax"]:
-        return scores.exp()
-    largest = edges.row_max(scores)
+        return score.exp()
+    largest = edges.row_max(score)
     if args["sink"]:
         largest = largest.clamp_min(0)
-    raised = (scores - gather(largest, edges.rows)).exp()
+    raised = (score - gather(largest, edges.rows)).exp()
     total = edges.row_sums(lambda e: raised[:, :, e, None]).squeeze(-1)
     if args["sink"]:
         total = total + (-largest).exp()
@@ -174,44 +174,53 @@ def _grad_scores(args: dict[str, Any], edges: _Edges) -> Tensor:
     return weight * (grad_weight - gather(delta, edges.rows))
 
 
+def _by_rows(
+    args: dict[str, Any], key: Tensor, grad_score: Tensor, edges: _Edges
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """The gradients of query and value_reverse."""
+    query, weight, grad_out = args["query"], args["weight"], args["grad_out"]
+
+    def of_query(e: slice) -> Tensor:
+        sign = (gather(query, edges.rows[e]) - gather(key, edges.row_keys[e])).sign()
+        return -args["scale"] * grad_score[:, :, e, None] * sign
+
+    def of_reverse(e: slice) -> Tensor:
+        return weight[:, :, e, None] * gather(grad_out, edges.row_keys[e])
+
+    return lambda: edges.row_sums(of_query), lambda: edges.row_sums(of_reverse)
+
+
+def _by_columns(
+    args: dict[str, Any], key: Tensor, grad_score: Tensor, edges: _Edges
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """The gradients of key and value, per query head."""
+    query, grad_out, order = args["query"], args["grad_out"], args["col_edges"]
+
+    def of_key(e: slice) -> Tensor:
+        sign = (gather(query, edges.col_queries[e]) - gather(key, edges.cols[e])).sign()
+        return args["scale"] * gather(grad_score, order[e]).unsqueeze(-1) * sign
+
+    def of_value(e: slice) -> Tensor:
+        weight = gather(args["weight"], order[e]).unsqueeze(-1)
+        return weight * gather(grad_out, edges.col_queries[e])
+
+    return lambda: edges.col_sums(of_key), lambda: edges.col_sums(of_value)
+
+
 def backward(*values: Any) -> tuple[Tensor, ...]:
     """`attn::_l1_sparse_bwd`."""
     inputs, output_mask = dict(zip(_BACKWARD, values[:-1], strict=True)), values[-1]
     with torch.autocast(values[0].device.type, enabled=False):
         args = _in_compute_dtype(_BACKWARD, values[:-1])
         edges, heads, kv_heads = _Edges(args), args["query"].shape[1], args["key"].shape[1]
-        query, grad_out, scale = args["query"], args["grad_out"], args["scale"]
-        key, weight = per_query_head(args["key"], heads), args["weight"]
-        grad_score = _grad_scores(args, edges) if output_mask[0] or output_mask[1] else weight
-        col_score = gather(grad_score, args["col_edges"]) if output_mask[1] else weight
-        col_weight = gather(weight, args["col_edges"])
-
-        def sign(q: Tensor, k: Tensor) -> Tensor:
-            return (gather(query, q) - gather(key, k)).sign()
-
-        makers: tuple[Callable[[], Tensor], ...] = (
-            lambda: edges.row_sums(
-                lambda e: (
-                    -scale * grad_score[:, :, e, None] * sign(edges.rows[e], edges.row_keys[e])
-                )
-            ),
-            lambda: edges.col_sums(
-                lambda e: (
-                    scale * col_score[:, :, e, None] * sign(edges.col_queries[e], edges.cols[e])
-                )
-            ),
-            lambda: edges.col_sums(
-                lambda e: col_weight[:, :, e, None] * gather(grad_out, edges.col_queries[e])
-            ),
-            lambda: edges.row_sums(
-                lambda e: weight[:, :, e, None] * gather(grad_out, edges.row_keys[e])
-            ),
-        )
-        grads = tuple(
-            make() if needed else None for make, needed in zip(makers, output_mask, strict=True)
-        )
-        grads = tuple(
-            per_kv_head(grad, kv_heads) if grad is not None and i > 0 else grad
-            for i, grad in enumerate(grads)
-        )
-    return _as_wanted(grads, inputs, output_mask)
+        key = per_query_head(args["key"], heads)
+        needs_scores = output_mask[0] or output_mask[1]
+        grad_score = _grad_scores(args, edges) if needs_scores else args["weight"]
+        of_query, of_reverse = _by_rows(args, key, grad_score, edges)
+        of_key, of_value = _by_columns(args, key, grad_score, edges)
+        grads = [
+            make() if needed else None
+            for make, needed in zip((of_query, of_key, of_value, of_reverse), output_mask)
+        ]
+        shared = [None if grad is None else per_kv_head(grad, kv_heads) for grad in grads[1:]]
+    return _as_wanted((grads[0], *shared), inputs, output_mask)

@@ -42,7 +42,7 @@ def attend(
     query, key, value = fold_layout(op, query, key, value)
     check_sizes(op, query, key, value)
     if value_reverse is not None:
-        value_reverse = _fold_reverse(op, *autocast(value_reverse), query, value, rank)
+        value_reverse = _fold_reverse(op, autocast(value_reverse)[0], query, value, rank)
     tensors = _sorted(op, edges, query, key)
     out, _ = torch.ops.attn._l1_sparse_fwd(
         query, key, value, value_reverse, *tensors, softmax, sink, _scale(op, scale, query)
@@ -57,8 +57,9 @@ def _fold_reverse(op: str, reverse: Tensor, query: Tensor, value: Tensor, rank: 
         expected = "come with as many keys as queries, M = N"
         got = f"{query.shape[2]} queries, {value.shape[2]} keys"
         raise fail(op, "value_reverse", expected, got)
+    law = "[B, Hk, N, E]" if rank == 4 else "[B, N, E]"
     expected_shape = value.shape if rank == 4 else (value.shape[0], *value.shape[2:])
-    check_shape(op, "value_reverse", reverse, expected_shape, "that of value")
+    check_shape(op, "value_reverse", reverse, expected_shape, f"{law} like value")
     return reverse if rank == 4 else reverse.unsqueeze(1)
 
 

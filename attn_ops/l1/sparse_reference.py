@@ -40,6 +40,13 @@ def row_max(score: Tensor, rows: Tensor, size: int, sink: bool) -> Tensor:
     return lowest.scatter_reduce(2, rows.expand_as(score), score, "amax")
 
 
+def scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """z = -scale |q - k| of gathered rows; a distance beyond all numbers is the largest of them."""
+    largest = torch.finfo(query.dtype).max
+    distance = (query - key).abs().sum(-1).clamp(max=largest)
+    return (-scale * distance).clamp(-largest, largest)
+
+
 def weights(
     query: Tensor,
     key: Tensor,
@@ -51,7 +58,7 @@ def weights(
 ) -> Tensor:
     """A [B, H, L] = exp(z) over the row's sum of exp(z), and of 1 with a sink; z = -scale |q-k|."""
     key = per_query_head(key, query.shape[1])
-    score = -scale * (gather(query, rows) - gather(key, row_keys)).abs().sum(-1)
+    score = scores(gather(query, rows), gather(key, row_keys), scale)
     if not softmax:
         return score.exp()
     size = query.shape[2]

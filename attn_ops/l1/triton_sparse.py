@@ -15,13 +15,15 @@ from torch import Tensor
 from attn_ops._heads import per_kv_head
 from attn_ops._triton.launch import Launch, launch
 from attn_ops.l1.triton_sparse_backward import columns_kernel, rows_kernel
-from attn_ops.l1.triton_sparse_forward import forward_kernel
+from attn_ops.l1.triton_sparse_forward import forward_kernel, weights_kernel
 
-# Edges that a program walks over at most; and the weights of a row that was cut, at a time.
+# Edges that a program walks over at most.
 CHUNK = 512
-WIDE = 256
-# Elements of a tile of gathered rows, one warp's registers.
-TILE = 1024
+# Elements of a tile of gathered rows, of which a warp holds several; and its fewest edges. Small
+# ones measure best on an H200: many warps hide latencies better than many rows in flight of each.
+TILE = 256
+FEWEST = 4
+WARP = Launch(rows=1, columns=1, warps=1, stages=1)
 
 
 class _Sizes:
@@ -39,7 +41,7 @@ class _Sizes:
 
     def constants(self) -> dict[str, Any]:
         padded = [max(4, triton.next_power_of_2(x)) for x in (self.width, self.columns)]
-        edges = max(4, min(32, TILE // max(padded)))
+        edges = max(FEWEST, min(32, TILE // max(padded)))
         return {
             "D": self.width, "E": self.columns, "PD": padded[0], "PE": padded[1], "EDGES": edges,
             "CHUNK": self.chunk,
@@ -51,8 +53,7 @@ class _Sizes:
 
     def run(self, kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         """`programs` programs per head."""
-        sizes = Launch(1, 1, 1, 1)
-        launch(kernel, self.matrices * programs, sizes, *args, **self.constants(), **constants)
+        launch(kernel, self.matrices * programs, WARP, *args, **self.constants(), **constants)
 
 
 def _dense_rows(x: Tensor | None) -> tuple[Any, ...]:
@@ -91,8 +92,12 @@ def forward(
             s.run(
                 forward_kernel, programs, *q, *k, *v, row_start, row_keys, weight, of_rows, parts,
                 s.num_queries, programs, s.num_edges, s.heads, s.group, scale,
-                SOFTMAX=softmax, SINK=sink, PIECES=pieces, WIDE=WIDE,
+                SOFTMAX=softmax, SINK=sink, PIECES=pieces,
             )  # fmt: skip
+        launch(
+            weights_kernel, s.matrices * s.slots, WARP, row_start, weight, parts, s.num_queries,
+            s.slots, s.num_edges, E=s.columns, CHUNK=s.chunk,
+        )  # fmt: skip
         if value_reverse is not None:
             lists = col_start, col_queries, col_edges
             _columns(s, q, k, _dense_rows(value_reverse), s.group, lists, weight, None, None, out,

@@ -18,14 +18,15 @@ LOWEST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def _owner(start, rows, place):
-    """The row with the edge at `place`."""
+    """The row with the edge at `place`: a search that looks at 32 rows at once."""
     low = place * 0
-    high = low + rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        starts_before = tl.load(start + middle) <= place
-        low = tl.where(starts_before, middle, low)
-        high = tl.where(starts_before, high, middle)
+    size = low + rows
+    while size > 1:
+        step = (size + 31) // 32
+        row = low + tl.arange(0, 32) * step
+        starts_before = tl.load(start + row, mask=row < low + size, other=place + 1) <= place
+        low += (tl.sum(starts_before.to(tl.int32), 0) - 1) * step
+        size = tl.minimum(step, rows - low)
     return low
 
 

@@ -67,13 +67,14 @@ def forward_kernel(
     q, q_batch, q_head, q_row, k, k_batch, k_head, k_row, v, v_batch, v_head, v_row, start, keys,
     weight, out, parts, rows, programs, num_edges, heads, group, scale,
     D: tl.constexpr, E: tl.constexpr, PD: tl.constexpr, PE: tl.constexpr, EDGES: tl.constexpr,
-    CHUNK: tl.constexpr, WIDE: tl.constexpr, SOFTMAX: tl.constexpr, SINK: tl.constexpr,
-    PIECES: tl.constexpr,
+    CHUNK: tl.constexpr, SOFTMAX: tl.constexpr, SINK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """weight [BH, L], and out [BH, M, E] or, over pieces, parts [BH, slots, E + 2].
 
-    A part is the sum of the values, the largest score and the sum of the weights. Programs of one
-    head stand together, so that its keys and values stay in the L2 cache.
+    A part is the sum of the values, the largest score and the sum of the weights. Rows that were
+    cut leave their largest score and what their weights are multiplied with in their first part,
+    for weights_kernel. Programs of one head stand together, so that its keys and values stay in
+    the L2 cache.
     """
     program = tl.program_id(0).to(tl.int64)
     matrix = program // programs
@@ -115,7 +116,22 @@ def forward_kernel(
                 largest = larger
             inverse = tl.where(total > 0.0, 1.0 / total, 0.0)
         store_row(out + (matrix * rows + row) * E, values * inverse, e, E)
+        part = parts + slot_of(first_chunk, begin, CHUNK) * (E + 2) + E
+        tl.store(part, largest, mask=stop < end)
+        tl.store(part + 1, inverse, mask=stop < end)
         # What some threads have written others read.
         tl.debug_barrier()
-        _write_weights(weight, begin, stop, largest, inverse, EDGES)
-        _write_weights(weight, tl.where(stop < end, begin, end), end, largest, inverse, WIDE)
+        _write_weights(weight, begin, stop, largest, inverse, 32)
+
+
+@triton.jit
+def weights_kernel(
+    start, weight, parts, rows, programs, num_edges, E: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Scores to weights, in place, over the pieces of rows that were cut."""
+    program = tl.program_id(0).to(tl.int64)
+    matrix = program // programs
+    row, begin, _, stop = span(start, rows, num_edges, program % programs, CHUNK, True)
+    first = tl.load(start + row)
+    part = parts + (matrix * programs + slot_of(first // CHUNK, first, CHUNK)) * (E + 2) + E
+    _write_weights(weight + matrix * num_edges, begin, stop, tl.load(part), tl.load(part + 1), 128)

@@ -21,7 +21,7 @@ ONE = Case(batch=1, heads=1, kv_heads=1)
 # Nothing here gets further than a piece of 16 edges unless it is cut.
 CUT = {
     "hubs": ONE.but(queries=12, keys=18, options={"edges": HUB}),
-    "hubs, both ways": ONE.but(queries=15, keys=15, options={"edges": HUB, **BOTH_WAYS}),
+    "hubs, both ways": ONE.but(queries=7, keys=7, options={"edges": HUB, **BOTH_WAYS}),
     "hubs, without sink": ONE.but(queries=9, keys=11, options={"edges": HUB, "sink": False}),
     "hubs, without softmax": ONE.but(queries=9, keys=11, options={"edges": HUB, "softmax": False}),
     "every row is long": ONE.but(queries=5, keys=40, options={"edges": DENSE}),

@@ -166,7 +166,10 @@ def check(compiled: list[tuple[str, Any]], capability: int, most: int = STACK) -
         (90, torch.bfloat16, 128, False),
         (90, torch.bfloat16, 256, False),
         (90, torch.bfloat16, 128, True),
+        (90, torch.float32, 64, False),
+        (90, torch.float32, 128, True),
         (90, torch.float32, 256, False),
+        (80, torch.float32, 64, True),
         (80, torch.bfloat16, 80, False),
         (80, torch.bfloat16, 256, True),
     ],
@@ -242,5 +245,5 @@ def test_kernels_of_sparse_l1_fit(
     # Over pieces and over rows; the rows of the backward in three steps.
     columns = 4 if with_terms else 2
     assert names.count("forward_kernel") == 2 and names.count("rows_kernel") == 3
-    assert names.count("columns_kernel") == columns and len(names) == 5 + columns
+    assert names.count("columns_kernel") == columns and len(names) == 6 + columns
     check(compiled, capability)
