@@ -54,15 +54,15 @@ struct Factor {
   float down;  // 1 / up
 };
 
-// Scaled inputs are below 2^13: a difference is below 2^14 and a sum of two below 2^15, where
-// half precision ends at 2^16. All 32 lanes take part.
+// Scaled inputs are below 2^12: a difference is below 2^13 and a sum of eight at most 65504, where
+// half precision ends. All 32 lanes take part.
 template <class T>
 ATTN_DEVICE Factor common_factor(const Problem& p, int b, int hk) {
   float largest = 0.0f;
   const float* parts = p.largest + (int64_t{b} * p.Hk + hk) * p.largest_parts;
   for (int i = threadIdx.x % 32; i < p.largest_parts; i += 32) largest = fmaxf(largest, parts[i]);
   const int exponent = static_cast<int>(float_bits(warp_max(largest)) >> 23) - 127;
-  int shift = 12 - exponent;
+  int shift = 11 - exponent;
   shift = shift < 126 ? shift : 126;
   return {bits_float(static_cast<uint32_t>(127 + shift) << 23),
           bits_float(static_cast<uint32_t>(127 - shift) << 23)};

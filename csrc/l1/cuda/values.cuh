@@ -144,22 +144,26 @@ ATTN_DEVICE void multiply_floats(const Tile<kKeys>& weights, int step, const uin
       small[m][i] = small_part(weight);
     }
   }
+  // Four groups of columns at once: sums that follow each other do not wait for each other.
   ATTN_UNROLL
-  for (int n = 0; n < kColumns / 8; n += 2) {
-    const uint4 v = load4(values + n / 2 * 128);
-    const uint32_t words[2][2] = {{v.x, v.y}, {v.z, v.w}};
+  for (int n = 0; n < kColumns / 8; n += 4) {
+    uint32_t large_value[4][2], small_value[4][2];
     ATTN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const float v0 = bits_float(words[i][0]), v1 = bits_float(words[i][1]);
-      const uint32_t large_value[2] = {large_part(v0), large_part(v1)};
-      const uint32_t small_value[2] = {small_part(v0), small_part(v1)};
+    for (int i = 0; i < 4; i += 2) {
+      const uint4 v = load4(values + (n + i) / 2 * 128);
+      const float words[4] = {bits_float(v.x), bits_float(v.y), bits_float(v.z), bits_float(v.w)};
       ATTN_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        mma_tf32(sums[m][n + i], small[m], large_value);
-        mma_tf32(sums[m][n + i], large[m], small_value);
-        mma_tf32(sums[m][n + i], large[m], large_value);
+      for (int c = 0; c < 4; ++c) {
+        large_value[i + c / 2][c % 2] = large_part(words[c]);
+        small_value[i + c / 2][c % 2] = small_part(words[c]);
       }
     }
+    ATTN_UNROLL
+    for (int i = 0; i < 8; ++i) mma_tf32(sums[i % 2][n + i / 2], small[i % 2], large_value[i / 2]);
+    ATTN_UNROLL
+    for (int i = 0; i < 8; ++i) mma_tf32(sums[i % 2][n + i / 2], large[i % 2], small_value[i / 2]);
+    ATTN_UNROLL
+    for (int i = 0; i < 8; ++i) mma_tf32(sums[i % 2][n + i / 2], large[i % 2], large_value[i / 2]);
   }
 }
 
