@@ -10,7 +10,7 @@ F features, E value width, S packed sequences. Arguments are those of the privat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,11 +21,11 @@ from attn_ops._triton.tiles import strided
 from attn_ops.linear import in_blocks
 from attn_ops.linear.triton_backward import (
     grad_key_value_kernel,
-    grad_numerator_kernel,
     grad_query_kernel,
+    rows_kernel,
 )
 from attn_ops.linear.triton_forward import forward_kernel
-from attn_ops.linear.triton_problem import MAX_FEATURES, Problem, Tiles, describable
+from attn_ops.linear.triton_problem import MAX_FEATURES, Problem, Sums, Tiles, Weights, describable
 from attn_ops.linear.triton_step import step
 
 __all__ = ["backward", "forward", "step"]
@@ -37,49 +37,55 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     if p.features > MAX_FEATURES:
         return in_blocks.forward(*args)
     query, state, length = p.query, p.state, p.query.shape[2]
-    normalized = p.eps is not None
+    normalized, carried = p.eps is not None, state is not None
     # No program reaches tokens behind the last packed sequence.
     new = query.new_empty if p.offsets is None else query.new_zeros
     out = new(*query.shape[:3], p.value_width)
     denominator = new(query.shape[:3] if normalized else (0,), dtype=torch.float32)
-    final_state = query.new_empty(0 if state is None else state.shape, dtype=torch.float32)
-    final_sum = query.new_empty(0, dtype=torch.float32)
     with torch.cuda.device_of(query):
-        state_before = None if state is None else state.contiguous()
-        states, final = p.segment_states(p.key, p.value, p.mask, state_before, reverse=False)
-        sums = None
-        if state is not None or (normalized and not p.adds_up_keys()):
-            sums, final_sum = p.chunk_sums(p.key, None, p.mask, p.key_sum, reverse=False)
+        before, final = p.segment_sums(
+            p.key, p.value, p.mask, Weights(normalized or carried), _contiguous(state, p.key_sum),
+            reverse=False,
+        )  # fmt: skip
+        written = Sums(None, None)
+        if carried and final.states is None:
+            final = written = _like(state, p.key_sum)
         key, value = (p.key, p.value) if p.causal else (None, None)
         tiles = p.by_columns()
         p.launch(
-            forward_kernel, _walk(p, tiles, length, states), tiles.rows(query), tiles.rows(key),
-            tiles.columns(value), p.mask, p.decay, p.offsets, states, tiles.sums(sums),
-            tiles.columns(out),
-            denominator if normalized else None,
-            final_state if state is not None and final is None else None,
-            length, _slots(sums), p.eps if normalized else 0.0,
+            forward_kernel, _walk(p, tiles, length, before), tiles.rows(query), tiles.rows(key),
+            tiles.columns(value), p.mask, p.decay, p.offsets, *before, tiles.columns(out),
+            denominator if normalized else None, *written, length, p.eps if normalized else 0.0,
             **tiles.constants(length),
         )  # fmt: skip
+    none = query.new_empty(0, dtype=torch.float32)
     if state is None:
-        return out, denominator, final_state, query.new_empty(0, dtype=torch.float32)
-    if final is not None:
-        final_state = final.view(state.shape)
-    return out, denominator, final_state, final_sum.view(p.key_sum.shape)
+        return out, denominator, none, none.clone()
+    return out, denominator, *_shaped(final, state, p.key_sum)
 
 
-def _slots(sums: Tensor | None) -> int:
-    """Slots per head."""
-    return 0 if sums is None else sums.shape[1]
+def _contiguous(state: Tensor | None, key_sum: Tensor | None) -> Sums:
+    """As kernels take them."""
+    return Sums(*(None if x is None else x.contiguous() for x in (state, key_sum)))
 
 
-def _walk(p: Problem, tiles: Tiles, length: int, states: Tensor | None, spread: int = 0) -> Any:
-    """The march over this many tokens; each segment has an entry of `states`, or all share one."""
+def _like(state: Tensor, key_sum: Tensor) -> Sums:
+    """Room for their like, contiguous."""
+    return Sums(*(x.new_empty(x.shape) for x in (state, key_sum)))
+
+
+def _shaped(sums: Sums, state: Tensor, key_sum: Tensor) -> tuple[Tensor, ...]:
+    """[S*H, ...] as state and key_sum are."""
+    return tuple(x.reshape(y.shape).contiguous() for x, y in zip(sums, (state, key_sum)))
+
+
+def _walk(p: Problem, tiles: Tiles, length: int, before: Sums, spread: int = 0) -> Any:
+    """The march over this many tokens; each segment has an entry of its own, or all share one."""
     spread = 0 if tiles.by_features else spread
-    if not p.causal or states is None or p.segments(length) == 1:
+    segments = p.segments(length)
+    if not p.causal or before.states is None or segments == 1:
         return p.walk(length, p.kv_heads, tiles.parts, spread=spread)
-    entries = states.shape[1]
-    return p.walk(length, p.kv_heads, tiles.parts, states=entries, step=1, spread=spread)
+    return p.walk(length, p.kv_heads, tiles.parts, states=segments + 1, step=1, spread=spread)
 
 
 # --- backward
@@ -94,37 +100,43 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
         return in_blocks.backward(*args)
     wanted = {name for name, wants in zip(in_blocks.GRADS, output_mask) if wants}
     with torch.cuda.device_of(p.query):
-        g, d = _grad_numerator(grad_out, *args[11:13])
-        if d is None and grad_key_sum is not None:
-            d = torch.zeros(p.query.shape[:3], dtype=torch.float32, device=p.query.device)
+        rows = _rows(grad_out, *args[11:13], grad_key_sum)
         grads: dict[str, Tensor] = {}
         if "query" in wanted:
-            grads["query"] = _grad_query(p, g, d)
+            grads["query"] = _grad_query(p, rows)
         if wanted - {"query"}:
-            grads |= _grad_key_side(p, g, d, grad_state, grad_key_sum, wanted)
+            grads |= _grad_key_side(p, rows, _contiguous(grad_state, grad_key_sum), wanted)
     return tuple(grads[n] if n in wanted else grad_out.new_empty(0) for n in in_blocks.GRADS)
 
 
-def _grad_numerator(
-    grad_out: Tensor, out: Tensor | None, denominator: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient of what was divided, and of what it was divided by."""
+class Rows(NamedTuple):
+    """What the backward knows of queries: grad_out, and of `rows_kernel` d and 1 / denominator.
+
+    d is None where no gradient goes through key sums, the last where nothing was divided.
+    """
+
+    grad_out: Tensor
+    d: Tensor | None
+    inverse: Tensor | None
+
+
+def _rows(
+    grad_out: Tensor, out: Tensor | None, denominator: Tensor | None, grad_key_sum: Tensor | None
+) -> Rows:
+    batch, heads, length, width = grad_out.shape
+    d = torch.empty(batch, heads, length, dtype=torch.float32, device=grad_out.device)
     if out is None or denominator is None:
-        return grad_out, None
-    # A query that sees next to nothing is divided by eps: too much for float16.
-    dtype = torch.float32 if grad_out.dtype == torch.float16 else grad_out.dtype
-    g = grad_out.new_empty(grad_out.shape, dtype=dtype)
-    d = torch.empty(denominator.shape, dtype=torch.float32, device=g.device)
-    batch, heads, length, width = g.shape
+        return Rows(grad_out, None if grad_key_sum is None else d.zero_(), None)
+    inverse = torch.empty_like(d)
     padded = triton.next_power_of_2(width)
     rows = max(8, 4096 // padded)
     programs = batch * heads * triton.cdiv(length, rows)
     if programs:
-        grad_numerator_kernel[(programs,)](
-            strided(grad_out), strided(out), denominator.contiguous(), strided(g), d, length, heads,
+        rows_kernel[(programs,)](
+            strided(grad_out), strided(out), denominator.contiguous(), inverse, d, length, heads,
             E=width, PE=padded, C=rows, num_warps=4,
         )  # fmt: skip
-    return g, d
+    return Rows(grad_out, d, inverse)
 
 
 def _new_gradient(p: Problem, x: Tensor, sums: int) -> Tensor:
@@ -141,20 +153,19 @@ def _added(grad: Tensor, x: Tensor) -> Tensor:
     return per_kv_head(grad, x.shape[1]).to(x.dtype)
 
 
-def _grad_query(p: Problem, g: Tensor, d: Tensor | None) -> Tensor:
-    length = g.shape[2]
-    state = None if p.state is None else p.state.contiguous()
-    states, _ = p.segment_states(p.key, p.value, p.mask, state, reverse=False)
-    sums = None
-    if d is not None:
-        sums, _ = p.chunk_sums(p.key, None, p.mask, p.key_sum, reverse=False)
+def _grad_query(p: Problem, rows: Rows) -> Tensor:
+    length = p.query.shape[2]
+    before, _ = p.segment_sums(
+        p.key, p.value, p.mask, Weights(rows.d is not None),
+        _contiguous(p.state, p.key_sum), reverse=False,
+    )  # fmt: skip
     tiles = p.by_features()
     grad = _new_gradient(p, p.query, 1 if tiles.by_features else tiles.parts)
     key, value = (p.key, p.value) if p.causal else (None, None)
     p.launch(
-        grad_query_kernel, _walk(p, tiles, length, states, p.query.shape[0]),
-        tiles.columns(g), d, tiles.rows(p.query), tiles.rows(key), tiles.columns(value), p.mask,
-        p.decay, p.offsets, states, tiles.sums(sums), tiles.rows(grad), length, _slots(sums),
+        grad_query_kernel, _walk(p, tiles, length, before, p.query.shape[0]),
+        tiles.columns(rows.grad_out), *rows[1:], tiles.rows(p.query), tiles.rows(key),
+        tiles.columns(value), p.mask, p.decay, p.offsets, *before, tiles.rows(grad), length,
         **tiles.constants(length), BY_FEATURES=tiles.by_features,
     )  # fmt: skip
     return _added(grad, p.query)
@@ -170,7 +181,10 @@ def _marches(p: Problem, grads: dict[str, Tensor]) -> list[March]:
     """
     key, value = grads.get("key"), grads.get("value")
     by_features, by_columns = p.by_features(), p.by_columns()
-    if by_features.parts == by_columns.parts == 1 and p.padded_features * p.padded_value <= 1 << 12:
+    if (
+        by_features.parts == by_columns.parts == 1
+        and p.padded_features * p.blocks * p.padded_value <= 1 << 12
+    ):
         return [(by_columns, key, value)]
     marches: list[March] = []
     if key is not None:
@@ -180,43 +194,34 @@ def _marches(p: Problem, grads: dict[str, Tensor]) -> list[March]:
     return marches
 
 
-def _grad_key_side(
-    p: Problem,
-    g: Tensor,
-    d: Tensor | None,
-    grad_state: Tensor | None,
-    grad_key_sum: Tensor | None,
-    wanted: set[str],
-) -> dict[str, Tensor]:
-    """Gradients of key, value, state and key_sum."""
+def _grad_key_side(p: Problem, rows: Rows, after: Sums, wanted: set[str]) -> dict[str, Tensor]:
+    """Gradients of key, value, state and key_sum; `after`: those of the final ones."""
     length = p.key.shape[2]
-    grad_state = None if grad_state is None else grad_state.contiguous()
-    states, before = p.segment_states(p.query, g, None, grad_state, reverse=True)
-    sums = None
-    if d is not None:
-        sums, sum_before = p.chunk_sums(p.query, d, None, grad_key_sum, reverse=p.causal)
+    before, final = p.segment_sums(
+        p.query, rows.grad_out, None, Weights(rows.d is not None, *rows[1:]), after,
+        reverse=True,
+    )  # fmt: skip
     grads: dict[str, Tensor] = {}
     if "key" in wanted:
         tiles = p.by_features()
         grads["key"] = _new_gradient(p, p.key, 1 if tiles.by_features else tiles.parts)
     if "value" in wanted:
         grads["value"] = _new_gradient(p, p.value, 1)
-    initial = None
-    if "state" in wanted:
-        if before is None:
-            initial = before = torch.empty(p.state.shape, dtype=torch.float32, device=g.device)
-        grads["state"] = before.view(p.state.shape)
-    if "key_sum" in wanted:
-        if sums is None:
-            sum_before = torch.zeros(p.key_sum.shape, dtype=torch.float32, device=g.device)
-        grads["key_sum"] = sum_before.view(p.key_sum.shape)
-    query, numerator = (p.query, g) if p.causal else (None, None)
+    written = Sums(None, None)
+    if wanted & {"state", "key_sum"}:
+        if final.states is None:
+            final = written = _like(p.state, p.key_sum)
+        if rows.d is None:
+            written = Sums(written.states, None)
+            final = Sums(final.states, torch.zeros_like(p.key_sum))
+        grads["state"], grads["key_sum"] = _shaped(final, p.state, p.key_sum)
+    query, grad_out = (p.query, rows.grad_out) if p.causal else (None, None)
     for tiles, key, value in _marches(p, grads):
         p.launch(
-            grad_key_value_kernel, _walk(p, tiles, length, states, p.key.shape[0]),
-            tiles.columns(numerator), d, tiles.rows(query), tiles.rows(p.key),
-            tiles.columns(p.value), p.mask, p.decay, p.offsets, states, tiles.sums(sums),
-            tiles.rows(key), tiles.columns(value), initial, length, _slots(sums),
+            grad_key_value_kernel, _walk(p, tiles, length, before, p.key.shape[0]),
+            tiles.columns(grad_out), *rows[1:], tiles.rows(query), tiles.rows(p.key),
+            tiles.columns(p.value), p.mask, p.decay, p.offsets, *before, tiles.rows(key),
+            tiles.columns(value), *written, length,
             **tiles.constants(length), BY_FEATURES=tiles.by_features,
         )  # fmt: skip
     inputs = {"key": p.key, "value": p.value}

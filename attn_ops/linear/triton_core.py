@@ -47,45 +47,39 @@ class KeyMask(NamedTuple):
 
 @triton.jit
 def place(walk, offsets, num_tokens):
-    """batch, sequence, head, part, segment, and the tokens [begin, end) of this program."""
+    """Where this program works: batch, head, kv_head, part, tokens [begin, end), and rows.
+
+    row, matrix: of a [B, H, ...] tensor and of a state; entry: of its state before segment 0.
+    """
     program = tl.program_id(0)
     part = program % walk.parts
     segment = program // walk.parts % walk.segments
-    head = program // (walk.parts * walk.segments) % walk.heads
+    head = (program // (walk.parts * walk.segments) % walk.heads).to(tl.int64)
     sequence = program // (walk.parts * walk.segments) // walk.heads
     batch, first, last = sequence, 0, num_tokens
     if offsets is not None:
         batch, first, last = 0, tl.load(offsets + sequence), tl.load(offsets + sequence + 1)
+    batch = tl.cast(batch, tl.int64)
     begin = first + segment * walk.length
     end = tl.minimum(begin + walk.length, last)
-    return tl.cast(batch, tl.int64), sequence, head.to(tl.int64), part, segment, begin, end
+    row = batch * walk.heads + head
+    matrix = sequence.to(tl.int64) * walk.heads + head
+    entry = matrix * walk.states + segment * walk.step
+    return batch, head, head // walk.group, part, begin, end, row, matrix, entry
 
 
 @triton.jit
-def first_slot(row, slots, offsets, sequence, begin, C: tl.constexpr):
-    """Where the sums of a program's chunks begin, in units of [F].
-
-    A head has `slots` of them. A packed sequence begins at its first token's chunk and two further
-    for each sequence before it: one for a chunk that both have tokens of, one for the final sum.
-    """
-    slot = begin // C
-    if offsets is not None:
-        slot += 2 * sequence
-    return row * slots + slot
-
-
-@triton.jit
-def total_slot(row, slots, offsets, sequence):
-    """The same where there is one sum for each sequence."""
-    slot = 0
-    if offsets is not None:
-        slot = sequence
-    return row * slots + slot
+def nearest_tf32(x):
+    """float32 rounded to the 10 bits that tensor cores take: by themselves they cut the rest."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def product(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b, accumulated in float32."""
+    if PRECISION == "tf32" and OPERAND == tl.float32:
+        a, b = nearest_tf32(a.to(OPERAND)), nearest_tf32(b.to(OPERAND))
     return tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION)
 
 
@@ -119,7 +113,7 @@ def load_tokens(
         columns = first_column + tl.arange(0, PADDED)[None, :]
         pointers = row_pointers(view, batch, head, first, C, PADDED)
         pointers += tl.cast(first_column, tl.int64) * view.column
-        inside = (columns >= 0) & (columns < WIDTH)
+        inside = columns < WIDTH
         if seen is not None:
             inside = inside & seen[:, None]
         return tl.load(pointers, mask=inside, other=0.0)
@@ -138,15 +132,18 @@ def store_tokens(
         columns = first_column + tl.arange(0, PADDED)[None, :]
         pointers = row_pointers(view, batch, head, first, C, PADDED)
         pointers += tl.cast(first_column, tl.int64) * view.column
-        inside = (columns >= 0) & (columns < WIDTH) & (first + tl.arange(0, C) < end)[:, None]
+        inside = (columns < WIDTH) & (first + tl.arange(0, C) < end)[:, None]
         tl.store(pointers, tile.to(view.pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def load_per_token(pointer, matrix, num_tokens, first, end, C: tl.constexpr):
-    """[C] of a contiguous [matrices, num_tokens] tensor, zero past the end."""
-    rows = first + tl.arange(0, C)
-    return tl.load(pointer + matrix * num_tokens + rows, mask=rows < end, other=0.0)
+def load_per_token(pointer, matrix, num_tokens, first, exists, C: tl.constexpr):
+    """[C] of a contiguous [matrices, num_tokens] tensor; exists: bool [C], None where all do."""
+    pointers = pointer + matrix * num_tokens + first + tl.arange(0, C)
+    if exists is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=exists, other=0.0)
 
 
 # --- the state [F, E] of a program's columns, and key_sum [F]
@@ -164,52 +161,115 @@ def state_pointers(
 
 @triton.jit
 def load_state(
-    pointer, matrix, row, column, E: tl.constexpr, F: tl.constexpr, PF: tl.constexpr,
-    PE: tl.constexpr,
+    pointer, matrix, row, column, FEATURES: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    F: tl.constexpr, PF: tl.constexpr, PE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """[PF, PE]; zeros where there is no state."""
-    if pointer is None:
-        return tl.zeros([PF, PE], tl.float32)
-    else:
-        pointers, inside = state_pointers(pointer, matrix, row, column, E, F, PF, PE)
-        return tl.load(pointers, mask=inside, other=0.0)
+    """BLOCKS tiles [PF, PE]; zeros where there is no state."""
+    tiles = ()
+    for i in tl.static_range(BLOCKS):
+        if pointer is None:
+            tiles = tiles + (tl.zeros([PF, PE], tl.float32),)
+        else:
+            pointers, inside = state_pointers(pointer, matrix, row + i * PF, column, E, F, PF, PE)
+            tile = tl.load(pointers, mask=inside, other=0.0)
+            if FEATURES == "taylor":
+                tile /= taylor_weights(i * PF, D, PF)[:, None]
+            tiles = tiles + (tile,)
+    return tiles
 
 
 @triton.jit
 def store_state(
-    pointer, matrix, row, column, state, E: tl.constexpr, F: tl.constexpr, PF: tl.constexpr,
-    PE: tl.constexpr,
+    pointer, matrix, row, column, state, FEATURES: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    F: tl.constexpr, PF: tl.constexpr, PE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Writes [PF, PE]."""
-    pointers, inside = state_pointers(pointer, matrix, row, column, E, F, PF, PE)
-    tl.store(pointers, state, mask=inside)
+    """Writes BLOCKS tiles [PF, PE]."""
+    for i in tl.static_range(BLOCKS):
+        tile = state[i]
+        if FEATURES == "taylor":
+            tile *= taylor_weights(i * PF, D, PF)[:, None]
+        pointers, inside = state_pointers(pointer, matrix, row + i * PF, column, E, F, PF, PE)
+        tl.store(pointers, tile, mask=inside)
 
 
-# The fewest rows of an operand that tensor cores take: of these tiles only row 0 is not zero.
+@triton.jit
+def read(tile, begin, FEATURES: tl.constexpr, D: tl.constexpr, PF: tl.constexpr):
+    """A tile of a state as features read it: taylor's carry no weights, which are in here twice."""
+    if FEATURES != "taylor":
+        return tile
+    else:
+        weight = taylor_weights(begin, D, PF)
+        return tile * (weight * weight)[:, None]
+
+
+@triton.jit
+def read_sum(rows, begin, FEATURES: tl.constexpr, D: tl.constexpr, PF: tl.constexpr):
+    """The same of a tile of partial sums."""
+    if FEATURES != "taylor":
+        return rows
+    else:
+        weight = taylor_weights(begin, D, PF)
+        return rows * (weight * weight)[None, :]
+
+
+# A key_sum [F] is carried as ROWS partial sums, whose sum it is: the fewest rows of an operand that
+# tensor cores take. No thread then waits for another one's tokens, and a product adds the rows up.
 ROWS = tl.constexpr(16)
 
 
 @triton.jit
-def load_sums(view, slot, column, F: tl.constexpr, PF: tl.constexpr):
-    """[ROWS, PF] whose row 0 is entry `slot` of [slots, F], from `column` on; below are zeros."""
-    if isinstance(view, tl.tensor_descriptor):
-        return view.load([slot.to(tl.int32), 0, column]).reshape([ROWS, PF])
-    else:
-        rows, columns = tl.arange(0, ROWS)[:, None], column + tl.arange(0, PF)[None, :]
-        inside = (rows == 0) & (columns < F)
-        return tl.load(view + (slot + rows) * F + columns, mask=inside, other=0.0)
+def load_sum(
+    pointer, matrix, column, FEATURES: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    PF: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """BLOCKS of [ROWS, PF] whose rows sum up to entry `matrix` of [matrices, F], or zeros.
+
+    Row 0 is the entry as bfloat16 has it and row 1 the rest: operands lose little of their sum.
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    tiles = ()
+    for i in tl.static_range(BLOCKS):
+        if pointer is None:
+            tiles = tiles + (tl.zeros([ROWS, PF], tl.float32),)
+        else:
+            columns = column + i * PF + tl.arange(0, PF)
+            total = tl.load(pointer + matrix * F + columns, mask=columns < F, other=0.0)
+            if FEATURES == "taylor":
+                total /= taylor_weights(i * PF, D, PF)
+            rounded = total.to(tl.bfloat16).to(tl.float32)
+            rest = tl.where(row == 1, (total - rounded)[None, :], 0.0)
+            tiles = tiles + (tl.where(row == 0, rounded[None, :], rest),)
+    return tiles
 
 
 @triton.jit
-def in_row_0(row, C: tl.constexpr):
-    """[ROWS, C] with `row` on top and zeros below."""
-    return tl.where((tl.arange(0, ROWS) == 0)[:, None], row[None, :], 0.0)
+def store_sum(
+    pointer, matrix, column, rows, FEATURES: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    PF: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Writes the sum of the rows [ROWS, PF] of every block."""
+    for i in tl.static_range(BLOCKS):
+        columns = column + i * PF + tl.arange(0, PF)
+        total = tl.sum(rows[i], 0)
+        if FEATURES == "taylor":
+            total *= taylor_weights(i * PF, D, PF)
+        tl.store(pointer + matrix * F + columns, total, mask=columns < F)
 
 
 @triton.jit
-def in_column_0(column, C: tl.constexpr):
-    """[C, ROWS] with `column` in front and zeros beside it: times `load_sums`, an outer product."""
-    return tl.where((tl.arange(0, ROWS) == 0)[None, :], column[:, None], 0.0)
+def partial_sums(phi, weight, C: tl.constexpr, PF: tl.constexpr):
+    """[ROWS, PF]: phi [C, PF], times weight [C] unless None, summed over tokens ROWS apart."""
+    tile = phi.to(tl.float32)
+    if weight is not None:
+        tile *= weight[:, None]
+    return tl.sum(tl.reshape(tile, [C // ROWS, ROWS, PF]), 0)
+
+
+@triton.jit
+def times_sum(column, rows, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """[C, WIDTH]: column [C] times the sum of the rows [ROWS, WIDTH]."""
+    repeated = tl.broadcast_to(column[:, None], [C, ROWS])
+    return product(repeated, rows, OPERAND, PRECISION)
 
 
 # --- decay
@@ -234,21 +294,24 @@ def log2_of(decay, head):
 
 
 @triton.jit
+def what_was_left(rate, C: tl.constexpr):
+    """decay^(i+1) [C], of what was before the chunk when token i is over."""
+    return tl.exp2((tl.arange(0, C) + 1).to(tl.float32) * rate)
+
+
+@triton.jit
 def since_begin(tile, rate, C: tl.constexpr):
-    """tile [C, W] times decay^(i+1): how much token i sees of the state before the chunk."""
+    """tile [C, W] times `what_was_left`: how much tokens see of the state before the chunk."""
     if rate is None:
         return tile
     else:
-        return tile * tl.exp2((tl.arange(0, C) + 1).to(tl.float32) * rate)[:, None]
+        return tile * what_was_left(rate, C)[:, None]
 
 
 @triton.jit
 def what_is_left(rate, count, C: tl.constexpr):
     """decay^(count-1-i) [C], of token i when the chunk's `count` tokens are over."""
-    if rate is None:
-        return tl.full([C], 1.0, tl.float32)
-    else:
-        return tl.exp2(tl.maximum(count - 1 - tl.arange(0, C), 0).to(tl.float32) * rate)
+    return tl.exp2(tl.maximum(count - 1 - tl.arange(0, C), 0).to(tl.float32) * rate)
 
 
 @triton.jit
@@ -299,25 +362,37 @@ def slope(x, FEATURES: tl.constexpr):
 
 
 @triton.jit
-def taylor_pairs(D: tl.constexpr, PF: tl.constexpr):
-    """first, second, weight [PF]: feature f of x = (1, input) is x[first] * x[second] * weight."""
-    f = tl.arange(0, PF)
+def taylor_pairs(begin, D: tl.constexpr, PF: tl.constexpr):
+    """first, second [PF]: from `begin` on, a feature of x = (input, 1) is x[first] * x[second].
+
+    Beyond the last feature they are no column of x; `taylor_weights` has its weight.
+    """
+    f = begin + tl.arange(0, PF)
     n: tl.constexpr = D + 1
     first = tl.zeros([PF], tl.int32)
-    for i in tl.static_range(1, n):
+    for i in tl.static_range(1, n + 1):
         first += tl.where(f >= i * n - i * (i - 1) // 2, 1, 0)
     second = f - (first * n - first * (first - 1) // 2) + first
-    quarter: tl.constexpr = D**-0.25
-    weight = tl.where(first > 0, quarter, 1.0) * tl.where(second > 0, quarter, 1.0)
-    weight = tl.where((first == second) & (first > 0), weight * 0.5**0.5, weight)
-    return first, second, tl.where(f < n * (n + 1) // 2, weight, 0.0)
+    # So far 0 is the one, which stands behind the inputs.
+    first, second = tl.where(first > 0, first - 1, D), tl.where(second > 0, second - 1, D)
+    last: tl.constexpr = n * (n + 1) // 2
+    return tl.where(f < last, first, -1), tl.where(f < last, second, -1)
 
 
 @triton.jit
-def picked(x, choice, PD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """[C, PF]: the columns `choice` [PF] of x, as a product with a one-hot matrix: exact."""
-    one_hot = tl.arange(0, PD)[:, None] == choice[None, :]
-    return tl.dot(x.to(OPERAND), one_hot.to(OPERAND), input_precision=PRECISION)
+def taylor_weights(begin, D: tl.constexpr, PF: tl.constexpr):
+    """[PF]: what the products of `taylor_pairs` are multiplied by; ones where there are none."""
+    first, second = taylor_pairs(begin, D, PF)
+    quarter: tl.constexpr = D**-0.25
+    weight = tl.where(first != D, quarter, 1.0) * tl.where(second != D, quarter, 1.0)
+    weight = tl.where((first == second) & (first != D), weight * 0.5**0.5, weight)
+    return tl.where(first < 0, 1.0, weight)
+
+
+@triton.jit
+def one_hot(choice, PD: tl.constexpr, OPERAND: tl.constexpr):
+    """[PD, PF]: x [C, PD] times it are the columns `choice` [PF] of x, exactly."""
+    return (tl.arange(0, PD)[:, None] == choice[None, :]).to(OPERAND)
 
 
 @triton.jit
@@ -325,30 +400,33 @@ def load_inputs(
     view, batch, head, first, seen, column, FEATURES: tl.constexpr, D: tl.constexpr,
     C: tl.constexpr, PD: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
-    """[C, PD] of what features are made of: columns, for taylor all, with a one in front."""
+    """[C, PD] of what features are made of: columns, for taylor with a one behind the last."""
+    x = load_tokens(view, batch, head, first, seen, column, D, C, PD, HIDES)
     if FEATURES != "taylor":
-        return load_tokens(view, batch, head, first, seen, column, D, C, PD, HIDES)
+        return x
     else:
-        x = load_tokens(view, batch, head, first, seen, -1, D, C, PD, HIDES)
         ones = tl.full([C], 1.0, x.dtype)
         if seen is not None:
             ones = seen.to(x.dtype)
-        return tl.where((tl.arange(0, PD) == 0)[None, :], ones[:, None], x)
+        return tl.where((tl.arange(0, PD) == D)[None, :], ones[:, None], x)
 
 
 @triton.jit
 def features(
-    x, seen, column, FEATURES: tl.constexpr, D: tl.constexpr, PD: tl.constexpr, PF: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    x, seen, column, block: tl.constexpr, FEATURES: tl.constexpr, D: tl.constexpr,
+    PD: tl.constexpr, PF: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """phi [C, PF] of `load_inputs`, zero where not seen and beyond F."""
+    """One block of phi [C, PF] of `load_inputs`, zero where not seen and beyond F.
+
+    taylor's come without their weights, see `read`.
+    """
     if FEATURES == "identity":
         return x
     elif FEATURES == "taylor":
-        first, second, weight = taylor_pairs(D, PF)
-        product_of = picked(x, first, PD, OPERAND, PRECISION)
-        product_of *= picked(x, second, PD, OPERAND, PRECISION)
-        return (product_of * weight[None, :]).to(OPERAND)
+        first, second = taylor_pairs(block * PF, D, PF)
+        tile = tl.dot(x.to(OPERAND), one_hot(first, PD, OPERAND), input_precision=PRECISION)
+        tile *= tl.dot(x.to(OPERAND), one_hot(second, PD, OPERAND), input_precision=PRECISION)
+        return tile.to(OPERAND)
     else:
         phi = elementwise(x.to(tl.float32), FEATURES)
         if FEATURES != "relu":  # the others are not zero at zero
@@ -359,20 +437,64 @@ def features(
 
 
 @triton.jit
-def features_backward(
-    grad, x, FEATURES: tl.constexpr, D: tl.constexpr, PD: tl.constexpr, PF: tl.constexpr,
+def through_features(
+    acc, grad, x, begin, FEATURES: tl.constexpr, D: tl.constexpr, PD: tl.constexpr,
+    PF: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc [C, PD] plus the gradient of `load_inputs` from that of the features from `begin` on."""
+    if FEATURES == "identity":
+        return acc + grad
+    elif FEATURES == "taylor":
+        first, second = taylor_pairs(begin, D, PF)
+        to_first = one_hot(first, PD, OPERAND)
+        to_second = one_hot(second, PD, OPERAND)
+        other = tl.dot(x.to(OPERAND), to_second, input_precision=PRECISION)
+        acc += product(grad * other, tl.trans(to_first), OPERAND, PRECISION)
+        other = tl.dot(x.to(OPERAND), to_first, input_precision=PRECISION)
+        return acc + product(grad * other, tl.trans(to_second), OPERAND, PRECISION)
+    else:
+        return acc + grad * slope(x.to(tl.float32), FEATURES)
+
+
+@triton.jit
+def half_of_taylor(x, y, D: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """s = x·y / sqrt(D) of every pair, each with a one behind; taylor's products are 1+s+s²/2."""
+    return (product(x, tl.trans(y), OPERAND, PRECISION) - 1.0) * (D**-0.5)
+
+
+@triton.jit
+def pair_scores(
+    x, y, phi_x, phi_y, seen, ROWS_SEEN: tl.constexpr, FEATURES: tl.constexpr, D: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of `load_inputs` [C, PD] from that of phi [C, PF]."""
-    if FEATURES == "identity":
-        return grad
-    elif FEATURES == "taylor":
-        first, second, weight = taylor_pairs(D, PF)
-        weighted = grad * weight[None, :]
-        to_first = weighted * picked(x, second, PD, OPERAND, PRECISION)
-        to_second = weighted * picked(x, first, PD, OPERAND, PRECISION)
-        columns = tl.arange(0, PD)[None, :]
-        result = product(to_first, first[:, None] == columns, OPERAND, PRECISION)
-        return result + product(to_second, second[:, None] == columns, OPERAND, PRECISION)
+    """phi(x)·phi(y) of every pair of two chunks, zero where a key is not seen.
+
+    Keys are the columns, or the rows. taylor takes it from the inputs: they are fewer.
+    """
+    if FEATURES != "taylor":
+        return product(phi_x, tl.trans(phi_y), OPERAND, PRECISION)
     else:
-        return grad * slope(x.to(tl.float32), FEATURES)
+        s = half_of_taylor(x, y, D, OPERAND, PRECISION)
+        score = 1.0 + s + 0.5 * s * s
+        if seen is not None:
+            if ROWS_SEEN:
+                score = tl.where(seen[:, None], score, 0.0)
+            else:
+                score = tl.where(seen[None, :], score, 0.0)
+        return score
+
+
+@triton.jit
+def through_pairs(
+    grad, x, y, phi_y, FEATURES: tl.constexpr, D: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of x [C, PD] from that of the pairs' scores; y are the keys or queries of a pair."""
+    if FEATURES == "taylor":
+        s = half_of_taylor(x, y, D, OPERAND, PRECISION)
+        return product(grad * ((1.0 + s) * (D**-0.5)), y, OPERAND, PRECISION)
+    else:
+        grad_phi = product(grad, phi_y, OPERAND, PRECISION)
+        if FEATURES != "identity":
+            grad_phi *= slope(x.to(tl.float32), FEATURES)
+        return grad_phi

@@ -6,79 +6,95 @@ import triton
 import triton.language as tl
 
 from attn_ops.linear.triton_core import (
-    ROWS,
     features,
-    first_slot,
-    in_row_0,
     load_inputs,
     load_state,
-    load_sums,
+    load_sum,
     load_tokens,
     log2_of,
     not_hidden,
     over,
+    pair_scores,
     pair_weights,
+    partial_sums,
     place,
     product,
+    read,
+    read_sum,
     since_begin,
     store_state,
+    store_sum,
     store_tokens,
-    total_slot,
     until_end,
     what_is_left,
+    what_was_left,
 )
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, mask, decay, offsets, state, sums, out, denominator, final_state, num_tokens, slots,
-    eps, walk,
+    q, k, v, mask, decay, offsets, state, key_sum, out, denominator, final_state, final_sum,
+    num_tokens, eps, walk,
     FEATURES: tl.constexpr, D: tl.constexpr, E: tl.constexpr, F: tl.constexpr, PD: tl.constexpr,
-    PE: tl.constexpr, PF: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    PE: tl.constexpr, PF: tl.constexpr, C: tl.constexpr, BLOCKS: tl.constexpr,
+    EVEN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program walks the tokens of one segment. k None: queries see the state alone.
 
-    denominator None: nothing is divided. sums [slots, F] per head: key_sum before each chunk, or,
-    without k, one for each sequence. None: the march adds keys up itself, from zero.
+    denominator None: nothing is divided, and keys are summed up only for final_sum.
     """
-    batch, sequence, head, part, segment, begin, end = place(walk, offsets, num_tokens)
-    kv_head = head // walk.group
-    row = batch * walk.heads + head
+    batch, head, kv_head, part, begin, end, row, matrix, entry = place(walk, offsets, num_tokens)
+    column = part * PE
     rate = None
     if decay is not None:
         rate = log2_of(decay, head)
-    matrix = sequence.to(tl.int64) * walk.heads + head
-    column = part * PE
-    entry = matrix * walk.states + segment * walk.step
-    running = load_state(state, entry, 0, column, E, F, PF, PE)
-    slot = first_slot(row, slots, offsets, sequence, begin, C)
-    if k is None:
-        slot = total_slot(row, slots, offsets, sequence)
-    if denominator is not None and sums is None:
-        running_sum = tl.zeros([ROWS, PF], tl.float32)
+    sums_keys: tl.constexpr = denominator is not None or final_sum is not None
+    running = load_state(state, entry, 0, column, FEATURES, D, E, F, PF, PE, BLOCKS)
+    if sums_keys:
+        running_sum = load_sum(key_sum, entry, 0, FEATURES, D, F, PF, BLOCKS)
     for first in range(begin, end, C):
         exists = None
         if not EVEN:
             exists = first + tl.arange(0, C) < end
+        count = tl.minimum(end - first, C)
         x = load_inputs(q, batch, head, first, exists, 0, FEATURES, D, C, PD, False)
-        phi_q = features(x, exists, 0, FEATURES, D, PD, PF, OPERAND, PRECISION)
-        acc = since_begin(product(phi_q, running, OPERAND, PRECISION), rate, C)
         if denominator is not None:
-            if sums is None:
-                rows = running_sum
-            else:
-                rows = load_sums(sums, slot, 0, F, PF)
-            seen_before = product(phi_q, tl.trans(rows), OPERAND, PRECISION)
-            total = tl.sum(since_begin(seen_before, rate, C), 1) + eps
+            total = tl.full([C], 0.0, tl.float32)
+            for i in tl.static_range(BLOCKS):
+                phi_q = features(x, exists, 0, i, FEATURES, D, PD, PF, OPERAND, PRECISION)
+                rows = read_sum(running_sum[i], i * PF, FEATURES, D, PF)
+                total += tl.sum(product(phi_q, tl.trans(rows), OPERAND, PRECISION), 1)
+            if rate is not None:
+                total *= what_was_left(rate, C)
+            total += eps
         if k is not None:
             seen = exists
             if mask is not None:
                 seen = not_hidden(mask, batch, head, first, end, C)
             y = load_inputs(k, batch, kv_head, first, seen, 0, FEATURES, D, C, PD, mask is not None)
-            phi_k = features(y, seen, 0, FEATURES, D, PD, PF, OPERAND, PRECISION)
+            if sums_keys:
+                # Before the products, which take the registers.
+                weight = None
+                if rate is not None:
+                    weight = what_is_left(rate, count, C)
+                sums = ()
+                for i in tl.static_range(BLOCKS):
+                    phi_k = features(y, seen, 0, i, FEATURES, D, PD, PF, OPERAND, PRECISION)
+                    added = partial_sums(phi_k, weight, C, PF)
+                    sums = sums + (over(running_sum[i], rate, count) + added,)
+                running_sum = sums
             values = load_tokens(v, batch, kv_head, first, exists, column, E, C, PE, False)
-            score = product(phi_q, tl.trans(phi_k), OPERAND, PRECISION)
+        for i in tl.static_range(BLOCKS):
+            phi_q = features(x, exists, 0, i, FEATURES, D, PD, PF, OPERAND, PRECISION)
+            seen_state = read(running[i], i * PF, FEATURES, D, PF)
+            if i == 0:
+                acc = product(phi_q, seen_state, OPERAND, PRECISION)
+            else:
+                acc += product(phi_q, seen_state, OPERAND, PRECISION)
+        acc = since_begin(acc, rate, C)
+        if k is not None:
+            phi_k = features(y, seen, 0, 0, FEATURES, D, PD, PF, OPERAND, PRECISION)
+            score = pair_scores(x, y, phi_q, phi_k, seen, False, FEATURES, D, OPERAND, PRECISION)
             score = pair_weights(score, rate, False, C)
             if denominator is not None:
                 total += tl.sum(score, 1)
@@ -89,14 +105,14 @@ def forward_kernel(
             tl.store(denominator + row * num_tokens + tokens, total, mask=tokens < end)
         store_tokens(out, batch, head, first, end, column, acc, E, C, PE)
         if k is not None:
-            count = tl.minimum(end - first, C)
             kept = until_end(values, rate, count, C)
-            added = product(tl.trans(phi_k), kept, OPERAND, PRECISION)
-            running = over(running, rate, count) + added
-            slot += 1
-            if denominator is not None and sums is None:
-                weights = in_row_0(what_is_left(rate, count, C), C)
-                added = product(weights, phi_k, OPERAND, PRECISION)
-                running_sum = over(running_sum, rate, count) + added
+            states = ()
+            for i in tl.static_range(BLOCKS):
+                phi_k = features(y, seen, 0, i, FEATURES, D, PD, PF, OPERAND, PRECISION)
+                added = product(tl.trans(phi_k), kept, OPERAND, PRECISION)
+                states = states + (over(running[i], rate, count) + added,)
+            running = states
     if final_state is not None:
-        store_state(final_state, matrix, 0, column, running, E, F, PF, PE)
+        store_state(final_state, matrix, 0, column, running, FEATURES, D, E, F, PF, PE, BLOCKS)
+    if final_sum is not None:
+        store_sum(final_sum, matrix, 0, running_sum, FEATURES, D, F, PF, BLOCKS)

@@ -32,12 +32,14 @@ def plan(
     hopper: bool,
     described: bool,
     plain: bool,
+    divided: bool,
 ) -> Plan:
     """inputs, features, values: padded widths; taylor has more features than inputs.
 
     hopper: operands come out of shared memory. described: tiles come through tensor descriptors,
         which need no registers for addresses.
     plain: neither features nor decay, and no need of halves (see `halves_suffice`).
+    divided: marches carry sums without values beside the state.
     """
     large = shared_memory(query.device) >= 160 << 10
     if query.dtype != torch.bfloat16:  # operands of 32 bits
@@ -45,16 +47,18 @@ def plan(
             return Plan(16, 32, min(32, features), 8, 1)
         return Plan(32, 32, min(32, features), 4, 1)
     if features > inputs:
-        return Plan(32, 64, features, 8, 2 if large else 1)
+        return Plan(64, 64, features, 4, 2 if large else 1)
     if not hopper:
         wide = features > 128 or values > 128
         return Plan(32, 32, 32, 8, 2) if wide else Plan(32, 64, 64, 4, 2)
     if features > 128 or values > 128:
         return Plan(64, 64, 64, 4 if described else 8, 2 if large else 1)
     # A state of 128 x 128 takes half of the registers, and only the plain marches have so many.
+    # Those by features, which are of the backward, have them where nothing is divided.
     width = 128 if described and plain else 64
+    rows = 64 if divided else width
     stages = 4 if features <= 64 and values <= 64 else 3
-    return Plan(64, min(values, width), min(features, width), 4, stages if large else 1)
+    return Plan(64, min(values, width), min(features, rows), 4, stages if large else 1)
 
 
 def processors(device: torch.device) -> int:
@@ -62,6 +66,12 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def num_stages(plan: Plan, programs: int, parts: int, device: torch.device) -> int:
+    """Stages of a march: one less where two programs share a multiprocessor's shared memory."""
+    share = parts > 1 and programs > processors(device)
+    return max(1, plan.stages - share)
 
 
 def num_segments(programs: int, num_tokens: int, chunk: int, device: torch.device) -> int:

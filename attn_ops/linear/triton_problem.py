@@ -19,9 +19,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from attn_ops._triton.launch import dot_precision
 from attn_ops._triton.tiles import padded, strided
 from attn_ops.feature_maps import num_features
-from attn_ops.linear.triton_core import ROWS, KeyMask, Walk
-from attn_ops.linear.triton_launches import halves_suffice, num_segments, plan
-from attn_ops.linear.triton_sums import chunk_sums_kernel, scan_kernel, segment_states_kernel
+from attn_ops.linear.triton_core import KeyMask, Walk
+from attn_ops.linear.triton_launches import halves_suffice, num_segments, num_stages, plan
+from attn_ops.linear.triton_sums import scan_kernel, segment_sums_kernel
 
 MAX_FEATURES = 256  # beyond, a state's rows do not fit a program's registers
 
@@ -44,8 +44,6 @@ def describable(tensor: Tensor) -> bool:
     )
 
 
-SUM_ROWS = ROWS.value
-
 _bound = threading.local()
 
 
@@ -58,6 +56,21 @@ def bind_context(device: torch.device) -> None:
     if device.type == "cuda" and device not in _bound.__dict__.setdefault("devices", set()):
         torch.zeros(1, device=device)
         _bound.devices.add(device)
+
+
+class Sums(NamedTuple):
+    """Sums of phi(k) v^T and of phi(k), or gradients of those, contiguous or None."""
+
+    states: Tensor | None
+    sums: Tensor | None
+
+
+class Weights(NamedTuple):
+    """Whether there are sums without values; what tokens are multiplied by there, and values."""
+
+    sums: bool
+    coefficient: Tensor | None = None
+    factor: Tensor | None = None
 
 
 class Tiles(NamedTuple):
@@ -77,15 +90,6 @@ class Tiles(NamedTuple):
     def columns(self, tensor: Tensor | None) -> Any:
         """The kernel argument for value, out or their gradients."""
         return self.problem.tiles(tensor, self.width)
-
-    def sums(self, tensor: Tensor | None) -> Any:
-        """The kernel argument for `chunk_sums`."""
-        if tensor is None or not (self.problem.described and describable(tensor)):
-            return tensor
-        slots, width = tensor.shape[0] * tensor.shape[1], tensor.shape[2]
-        # Rows of a dimension of one: all but the first are outside, and zeros.
-        block = [1, SUM_ROWS, self.features]
-        return TensorDescriptor(tensor, [slots, 1, width], [width, width, 1], block)
 
     def constants(self, length: int) -> dict[str, Any]:
         """The constants of a kernel with a state."""
@@ -113,7 +117,6 @@ class Problem:
         self.described = (
             has_descriptors(self.query.device)
             and self.offsets is None
-            and self.feature_map != "taylor"  # whose tiles begin one column before the first
             and all(describable(x) for x in (self.query, self.key, self.value, *tensors))
             and self.width * self.query.element_size() % 16 == 0
             and self.value_width * self.query.element_size() % 16 == 0
@@ -125,18 +128,23 @@ class Problem:
         bfloat16 = self.query.dtype == torch.bfloat16
         self.operand = torch.bfloat16 if bfloat16 else torch.float32
         self.padded_input = padded(extended, self.operand)
-        self.padded_features = padded(self.features, self.operand)
+        self.padded_features, self.blocks = padded(self.features, self.operand), 1
+        if self.feature_map == "taylor":
+            # Tiles of features are made of inputs: in blocks, few registers hold them.
+            self.padded_features = min(64, self.padded_features)
+            self.blocks = triton.cdiv(self.features, self.padded_features)
         self.padded_value = padded(self.value_width, self.operand)
         plain = self.feature_map == "identity" and decay is None
         plain = plain and not halves_suffice(self.sequences * self.heads, self.query.device)
         self.plan = plan(
             self.query,
             self.padded_input,
-            self.padded_features,
+            self.padded_features * self.blocks,
             self.padded_value,
             has_descriptors(self.query.device),
             self.described,
             plain,
+            self.eps is not None,
         )
 
     # --- what kernels take
@@ -174,6 +182,7 @@ class Problem:
             "D": self.width,
             "F": self.features,
             "C": self.plan.chunk,
+            "BLOCKS": self.blocks,
             "EVEN": self.offsets is None and length % self.plan.chunk == 0,
             "OPERAND": tl.bfloat16 if self.operand == torch.bfloat16 else tl.float32,
             "PRECISION": "tf32" if half else dot_precision(),
@@ -186,11 +195,6 @@ class Problem:
         programs = self.sequences * self.heads * self.by_columns().parts
         return num_segments(programs, length, self.plan.chunk, self.query.device)
 
-    def adds_up_keys(self) -> bool:
-        """Whether a forward march has registers for key_sum, and none to begin with."""
-        alone = self.causal and self.segments(self.key.shape[2]) == 1 and self.state is None
-        return alone and self.padded_features <= 64
-
     def walk(
         self,
         length: int,
@@ -200,11 +204,9 @@ class Problem:
         states: int = 1,
         step: int = 0,
         spread: int = 0,
-        segments: int | None = None,
     ) -> Walk:
         """`length`: tokens of a sequence; the other numbers as in Walk."""
-        segments = self.segments(length) if segments is None else segments
-        chunk = self.plan.chunk
+        segments, chunk = self.segments(length), self.plan.chunk
         of_segment = triton.cdiv(triton.cdiv(length, chunk), segments) * chunk
         group = self.heads // max(1, kv_heads)
         return Walk(self.heads, group, parts, segments, of_segment, states, step, spread)
@@ -213,97 +215,59 @@ class Problem:
         """One program per sequence, head, segment and part."""
         programs = self.sequences * self.heads * walk.segments * walk.parts
         if programs:
+            stages = num_stages(self.plan, programs, walk.parts, self.query.device)
             kernel[(programs,)](
-                *args, walk, **constants, num_warps=self.plan.warps, num_stages=self.plan.stages
+                *args, walk, **constants, num_warps=self.plan.warps, num_stages=stages
             )
 
-    # --- sums over segments and chunks
+    # --- sums over segments
 
-    def segment_states(
-        self, x: Tensor, y: Tensor, mask: Any, initial: Tensor | None, reverse: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """[S*H, entries, F, E]: sums of phi(x) y^T, of which a segment sees its entry.
+    def segment_sums(
+        self, x: Tensor, y: Tensor, mask: Any, weights: Weights, initial: Sums, reverse: bool
+    ) -> tuple[Sums, Sums]:
+        """What segments see of those before them, and what is left at the end (at the begin).
 
-        Causal: entry g is what segment g sees; `reverse`: entry g + 1. And what is left at the end
-        (at the begin), [S*H, F, E]. Not causal: one entry, the sum over all. One segment alone sees
-        `initial`, nothing is summed up, and the march finds out what is left.
+        Causal: of the former, [S*H, entries, ...], segment g sees entry g; `reverse`: entry g + 1.
+        Not causal: one entry, the sum over all. One segment alone sees `initial`, nothing is summed
+        up, and the march finds out what is left.
         """
         length, segments = x.shape[2], self.segments(x.shape[2])
         if self.causal and segments == 1:
-            return initial, None
-        entries, size = segments + 1, self.features * self.value_width
-        states = x.new_empty(self.sequences * self.heads, entries, size, dtype=torch.float32)
+            return initial, Sums(None, None)
+        entries, rows = segments + 1, self.sequences * self.heads
+        size = self.features * self.value_width
+        states = x.new_empty(rows, entries, size, dtype=torch.float32)
+        sums = None
+        if weights.sums:
+            sums = x.new_empty(rows, entries, self.features, dtype=torch.float32)
         tiles = self.by_columns()
-        walk = self.walk(length, x.shape[1], tiles.parts, states=entries)
+        walk = self.walk(length, x.shape[1], tiles.parts, states=entries, step=1)
         self.launch(
-            segment_states_kernel, walk, tiles.rows(x), tiles.columns(y), mask, self.decay,
-            self.offsets, states, length, **tiles.constants(length), REVERSE=reverse,
+            segment_sums_kernel, walk, tiles.rows(x), tiles.columns(y), weights.coefficient,
+            weights.factor, mask, self.decay, self.offsets, states, sums, length,
+            **tiles.constants(length), REVERSE=reverse,
         )  # fmt: skip
         if not self.causal:
-            return states[:, :segments].sum(1), None
-        return self._scan(states, initial, length, walk.length, reverse, torch.float32)
-
-    def chunk_sums(
-        self,
-        x: Tensor,
-        coefficient: Tensor | None,
-        mask: Any,
-        initial: Tensor | None,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """[B*H, slots, F]: sums of phi(x) times the coefficients, of which a chunk sees its slot.
-
-        As `segment_states`, for key_sum and its gradient, in the dtype of operands; packed
-        sequences leave slots unused. Not causal: one slot per sequence, the sum over all of it.
-        """
-        length, chunk = x.shape[2], self.plan.chunk
-        chunks = triton.cdiv(length, chunk)
-        heads = x.shape[0] * self.heads
-        sums = x.new_empty(heads, self.num_slots(length), self.features, dtype=torch.float32)
-        # A program per chunk: there is nothing to carry.
-        segments = 1 if self.offsets is not None else max(1, chunks)
-        walk = self.walk(length, x.shape[1], 1, segments=segments)
-        self.launch(
-            chunk_sums_kernel, walk, strided(x), coefficient, mask,
-            self.decay, self.offsets, sums, length, sums.shape[1], **self.constants(length),
-            PD=self.padded_input, PF=self.padded_features, REVERSE=reverse,
-        )  # fmt: skip
-        if not self.causal and self.offsets is None:
-            total = sums[:, :chunks].sum(1)
-            return total.unsqueeze(1).to(self.operand), total
-        seen, final = self._scan(sums, initial, length, chunk, reverse, self.operand)
-        if not self.causal:
-            # [S*H, F] -> [H, S, F]: one slot per sequence of a head
-            seen = final.unflatten(0, (self.sequences, -1)).transpose(0, 1).to(self.operand)
-        return seen.contiguous(), final
-
-    def num_slots(self, length: int) -> int:
-        """Room for the sums of a head's chunks, and for what is left after them."""
-        chunk = self.plan.chunk
-        if self.offsets is None:
-            return triton.cdiv(length, chunk) + 1
-        return length // chunk + 2 * self.sequences + 2
+            totals = (None if x is None else x[:, :segments].sum(1) for x in (states, sums))
+            return Sums(*totals), Sums(None, None)
+        last = 0 if reverse else triton.cdiv(length, walk.length)
+        before = Sums(
+            self._scan(states, initial.states, length, walk.length, reverse),
+            None if sums is None else self._scan(sums, initial.sums, length, walk.length, reverse),
+        )
+        return before, Sums(*(None if x is None else x[:, last] for x in before))
 
     def _scan(
-        self,
-        parts: Tensor,
-        initial: Tensor | None,
-        length: int,
-        part_length: int,
-        reverse: bool,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        """What is left, at each of the parts, of those before it; and after all of them."""
-        result = torch.empty_like(parts, dtype=dtype)
-        _, slots, width = parts.shape
-        rows = self.sequences * self.heads
-        final = torch.empty(rows, width, dtype=torch.float32, device=parts.device)
+        self, parts: Tensor, initial: Tensor | None, length: int, part_length: int, reverse: bool
+    ) -> Tensor:
+        """What is left, at each of the parts, of those before it, and after all of them."""
+        result = torch.empty_like(parts)
+        rows, slots, width = parts.shape
         block = min(32, triton.next_power_of_2(width))
         programs = rows * triton.cdiv(width, block)
-        initial = None if initial is None else initial.contiguous()
         if programs:
             scan_kernel[(programs,)](
-                parts, initial, self.decay, self.offsets, result, final, length, self.heads,
-                part_length, slots, WIDTH=width, BLOCK=block, ROWS=16, REVERSE=reverse,
+                parts, initial, self.decay, result, length, self.heads, part_length, slots,
+                WIDTH=width, BLOCK=block, ROWS=16, REVERSE=reverse,
             )  # fmt: skip
-        return result, final
+        return result

@@ -13,7 +13,7 @@ from torch import Tensor
 from attn_ops._triton.tiles import strided
 from attn_ops.feature_maps import num_features
 from attn_ops.linear import in_blocks
-from attn_ops.linear.triton_core import elementwise, taylor_pairs
+from attn_ops.linear.triton_core import elementwise, taylor_pairs, taylor_weights
 
 
 @triton.jit
@@ -24,11 +24,12 @@ def token_features(
     pointer = view.pointer + batch * view.batch + head * view.head
     f = tl.arange(0, PF)
     if FEATURES == "taylor":
-        first, second, weight = taylor_pairs(D, PF)
-        inside = weight != 0.0
-        left = tl.load(pointer + (first - 1) * view.column, mask=inside & (first > 0), other=1.0)
-        right = tl.load(pointer + (second - 1) * view.column, mask=inside & (second > 0), other=1.0)
-        return left.to(tl.float32) * right.to(tl.float32) * weight
+        first, second = taylor_pairs(0, D, PF)
+        inside = first >= 0
+        left = tl.load(pointer + first * view.column, mask=inside & (first < D), other=1.0)
+        right = tl.load(pointer + second * view.column, mask=inside & (second < D), other=1.0)
+        phi = left.to(tl.float32) * right.to(tl.float32) * taylor_weights(0, D, PF)
+        return tl.where(inside, phi, 0.0)
     else:
         x = tl.load(pointer + f * view.column, mask=f < D, other=0.0).to(tl.float32)
         if FEATURES != "identity":
