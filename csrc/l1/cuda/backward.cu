@@ -64,7 +64,8 @@ void launch_backward(const Device& device, const Tensor& query, const Problem& p
   g.query_sums = static_cast<float*>(g.query);
   if (sizeof(T) == 2 && g.query) {
     const int64_t floats_of_head = group * p.M * p.D;
-    chunk = std::clamp<int64_t>(kScratchBytes / 4 / floats_of_head, 1, heads);
+    const int64_t most = std::clamp<int64_t>(kScratchBytes / 4 / floats_of_head, 1, heads);
+    chunk = tiles_of(heads, tiles_of(heads, most));
     sums = new_empty(query, {chunk * floats_of_head}, ScalarType::Float);
     g.query_sums = floats(*sums);
   }
@@ -74,9 +75,9 @@ void launch_backward(const Device& device, const Tensor& query, const Problem& p
   g.flags = static_cast<int*>(counters.data_ptr());
   g.ticket = g.flags + heads * group * query_tiles;
   g.key_tiles = static_cast<int>(tiles_of(p.N, P::kKeys));
-  const bool extras = p.has_extras() || g.grad_scores.data;
+  const bool general = p.has_extras() || g.grad_scores.data || !g.aligned;
   const auto kernel =
-      extras ? &backward_kernel<T, P::kWidth, true> : &backward_kernel<T, P::kWidth, false>;
+      general ? &backward_kernel<T, P::kWidth, true> : &backward_kernel<T, P::kWidth, false>;
   for (int64_t first = 0; first < heads; first += chunk) {
     g.first_head = static_cast<int>(first);
     const int64_t blocks = std::min(chunk, heads - first) * g.key_tiles;

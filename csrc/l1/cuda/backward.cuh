@@ -38,7 +38,9 @@ ATTN_DEVICE Interval query_tiles(const Problem& p, int first_key) {
           static_cast<int>((end + P::kQueries - 1) / P::kQueries)};
 }
 
-template <class T, int kWidth, bool kExtras>
+// `kGeneral`: anything but -(scale * distance) in the scores, gradients of scores given, or rows
+// that do not start at multiples of 16 bytes.
+template <class T, int kWidth, bool kGeneral>
 class KeyTile {
   using P = Plan<T, kWidth>;
   using Memory = BackwardMemory<T, P>;
@@ -79,8 +81,7 @@ class KeyTile {
     __syncthreads();
     if (g_.key) store_keys(static_cast<T*>(g_.key));
     if (g_.value) {
-      T* out = static_cast<T*>(g_.value) +
-               ((int64_t{b_} * p_.Hk + hk_) * p_.N + first_key_) * p_.E;
+      T* out = static_cast<T*>(g_.value) + ((int64_t{b_} * p_.Hk + hk_) * p_.N + first_key_) * p_.E;
       value_sums_.store(reinterpret_cast<const float*>(memory_ + Memory::kValueSums),
                         p_.N - first_key_, p_.E, out);
     }
@@ -102,10 +103,12 @@ class KeyTile {
   }
 
  private:
+  ATTN_DEVICE bool scores_given() const { return kGeneral && g_.grad_scores.data; }
   static ATTN_DEVICE int warp() { return threadIdx.x / 32; }
 
   ATTN_DEVICE Source<T> source(const Array& of, int head, int first, int count, int width) const {
-    return {of.at<T>(b_, head), of.stride[2], of.stride[3], first, count, width, g_.aligned};
+    return {of.at<T>(b_, head),     of.stride[2], of.stride[3], first, count, width,
+            !kGeneral || g_.aligned};
   }
 
   ATTN_DEVICE Source<T> values(int row) const {
@@ -115,7 +118,7 @@ class KeyTile {
   ATTN_DEVICE void stage_keys() {
     stage_columns<T, P, P::kKeys, P::kKeyPitch>(source(p_.key, hk_, first_key_, p_.N, p_.D),
                                                 factor_.up, memory_);
-    if (Memory::kHoldsValues && !g_.grad_scores.data) {
+    if (Memory::kHoldsValues && !scores_given()) {
       stage_rows<T, P, P::kKeys>(values(0), padded_words<T>(p_.E), Memory::kRowPitch, value_place,
                                  memory_ + Memory::kValues);
     }
@@ -131,7 +134,7 @@ class KeyTile {
     __syncthreads();
     float up = 1.0f, down = 1.0f;
     find_factor(up, down);
-    if (!g_.grad_scores.data && g_.value) {
+    if (!scores_given() && g_.value) {
       value_sums_.add(memory_ + Memory::kWeights, memory_ + Memory::kRows, p_.E,
                       reinterpret_cast<float*>(memory_ + Memory::kValueSums));
     }
@@ -149,7 +152,7 @@ class KeyTile {
   }
 
   ATTN_DEVICE void stage_queries(int h, int first_query) {
-    if (!g_.grad_scores.data) {
+    if (!scores_given()) {
       stage_rows<T, P, P::kQueries>(
           source(g_.grad_out, h, first_query, p_.M, p_.E), padded_words<T>(p_.E), Memory::kRowPitch,
           [](int row) { return row; }, memory_ + Memory::kRows);
@@ -164,7 +167,7 @@ class KeyTile {
       columns_.begin[r] = seen.begin;
       columns_.end[r] = seen.end;
       const int64_t row = (int64_t{b_} * p_.H + h) * p_.M + m;
-      const bool given = exists && !g_.grad_scores.data;
+      const bool given = exists && !scores_given();
       columns_.lse[r] = float_bits(given ? g_.lse[row] : 0.0f);
       columns_.delta[r] = float_bits(given ? g_.delta[row] : 0.0f);
     }
@@ -178,7 +181,7 @@ class KeyTile {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int row = warp() % kTileRows * 32, column = warp() / kTileRows * 16;
     Tile<16> weights = {};
-    if (g_.grad_scores.data) {
+    if (scores_given()) {
       given_pairs(h, first_query + column, first_key_ + row, coefficients);
     } else {
       Tile<16> products = {};
@@ -210,9 +213,8 @@ class KeyTile {
 
   // Distances become coefficients or gradients of scores.
   template <bool kOfScores>
-  ATTN_DEVICE void weigh(int h, int first_query, int row, int column, 
-                         const Tile<16>& products, Tile<16>& coefficients,
-                         Tile<16>& weights) const {
+  ATTN_DEVICE void weigh(int h, int first_query, int row, int column, const Tile<16>& products,
+                         Tile<16>& coefficients, Tile<16>& weights) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float lses[4], deltas[4];
     load_four(lses, columns_.lse + column + 4 * t);
@@ -230,9 +232,9 @@ class KeyTile {
         const bool visible = n >= begins[j] && n < ends[j];
         float& coefficient = coefficients.at[i / 2][j / 2][c];
         float added = 0.0f;
-        if (kExtras && visible) added = added_to_score<T>(p_, b_, h, first_query + query, n);
-        const Pair pair = pair_of<kExtras>(p_, coefficient * factor_.down, added,
-                                           products.at[i / 2][j / 2][c], lses[j], deltas[j]);
+        if (kGeneral && visible) added = added_to_score<T>(p_, b_, h, first_query + query, n);
+        const Pair pair = pair_of<kGeneral>(p_, coefficient * factor_.down, added,
+                                            products.at[i / 2][j / 2][c], lses[j], deltas[j]);
         const float wanted = kOfScores ? pair.grad : pair.grad * pair.slope;
         coefficient = visible ? wanted : 0.0f;
         weights.at[i / 2][j / 2][c] = visible ? pair.weight : 0.0f;
@@ -306,7 +308,7 @@ class KeyTile {
     float* sums = g_.query_sums + ((head - int64_t{g_.first_head} * group) * p_.M + first) * p_.D;
     T* out = static_cast<T*>(g_.query) + (head * p_.M + first) * p_.D;
     const int queries = p_.M - first < P::kQueries ? p_.M - first : P::kQueries;
-    if (p_.D % 4 == 0) {
+    if (!kGeneral || p_.D % 4 == 0) {
       add_fours(queries, rank > 0, sums, last ? out : nullptr);
     } else {
       add_ones(queries, rank > 0, sums, last ? out : nullptr);
@@ -361,7 +363,8 @@ class KeyTile {
     const float* own = reinterpret_cast<const float*>(memory_ + Memory::kRows);
 #pragma unroll 1
     for (int i = threadIdx.x; i < queries * p_.D; i += P::kThreads) {
-      const float sum = (add ? sums[i] : 0.0f) + own[P::row_of(i % p_.D) * P::kQueryPitch + i / p_.D];
+      const float sum =
+          (add ? sums[i] : 0.0f) + own[P::row_of(i % p_.D) * P::kQueryPitch + i / p_.D];
       if (out == nullptr) {
         sums[i] = sum;
       } else {
@@ -388,7 +391,7 @@ class KeyTile {
   ValueSums<T, P> value_sums_;
 };
 
-template <class T, int kWidth, bool kExtras>
+template <class T, int kWidth, bool kGeneral>
 __global__ void __launch_bounds__(Plan<T, kWidth>::kThreads, Plan<T, kWidth>::kBlocksOfSM)
     backward_kernel(const __grid_constant__ Problem p, const __grid_constant__ Gradients g) {
   using Memory = BackwardMemory<T, Plan<T, kWidth>>;
@@ -396,7 +399,7 @@ __global__ void __launch_bounds__(Plan<T, kWidth>::kThreads, Plan<T, kWidth>::kB
   if (threadIdx.x == 0) *ticket = atomic_add(g.ticket, 1);
   __syncthreads();
   const int taken = *ticket;
-  KeyTile<T, kWidth, kExtras>(p, g, g.first_head + taken / g.key_tiles, taken % g.key_tiles).run();
+  KeyTile<T, kWidth, kGeneral>(p, g, g.first_head + taken / g.key_tiles, taken % g.key_tiles).run();
 }
 
 }  // namespace attn::cuda::l1

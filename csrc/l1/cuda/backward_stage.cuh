@@ -1,7 +1,8 @@
 // Tiles of the backward on their way to shared memory: words of queries and keys as columns
 // (distance.cuh), those of values and grad_out as rows, once and for all pairs of 16-bit elements.
 //
-// Rows that start at multiples of 16 bytes (`aligned`) move 16 bytes at a time, any others by words.
+// Rows that start at multiples of 16 bytes (`aligned`) move 16 bytes at a time, any others by
+// words.
 #pragma once
 
 #include "l1/cuda/stage.cuh"
@@ -47,8 +48,8 @@ ATTN_DEVICE uint32_t scaled_word(uint32_t pair, float factor, BFloat kind) {
   return scaled_pair(pair, factor, kind);
 }
 
-// To [word][row]; 16 bits as halves times the factor. A warp moves 8 words of 16 rows at once: whole
-// sectors of global memory, and all banks.
+// To [word][row]; 16 bits as halves times the factor. A warp moves 8 words of 16 rows at once:
+// whole sectors of global memory, and all banks.
 template <class T, class P, int kRows, int kPitch>
 ATTN_DEVICE void stage_columns(const Source<T>& from, float factor, uint32_t* to) {
   constexpr int kGroups = kRows / 16 * (P::kWords / 8) / P::kWarps;  // of a warp

@@ -14,8 +14,8 @@ namespace attn::cuda::l1 {
 
 // What the backward reads and writes besides the problem.
 struct Gradients {
-  Array grad_out;  // [B,H,M,E]
-  bool aligned;    // rows of query, key, value and grad_out start at multiples of 16 bytes
+  Array grad_out;     // [B,H,M,E]
+  bool aligned;       // rows of query, key, value and grad_out start at multiples of 16 bytes
   Array grad_scores;  // [B,H,M,N]: given instead of value and grad_out, T or float
   bool grad_scores_is_float;
   const float* lse;    // [B,H,M], +inf in place of -inf
@@ -66,10 +66,7 @@ struct Columns {
   uint32_t *lse, *delta, *begin, *end;
 
   ATTN_DEVICE explicit Columns(uint32_t* at)
-      : lse(at),
-        delta(at + P::kQueries),
-        begin(at + 2 * P::kQueries),
-        end(at + 3 * P::kQueries) {}
+      : lse(at), delta(at + P::kQueries), begin(at + 2 * P::kQueries), end(at + 3 * P::kQueries) {}
 };
 
 // --- products of words as they are: 3 products of 11-bit parts for float32. A product waits long
@@ -110,7 +107,8 @@ ATTN_DEVICE void multiply_words(float (&c)[kA * kB][4], const uint32_t (&a)[kA][
   }
 }
 
-// Where key n of a tile is among the rows of values: the keys of a matrix unit's rows are neighbours.
+// Where key n of a tile is among the rows of values: the keys of a matrix unit's rows are
+// neighbours.
 ATTN_DEVICE int value_place(int n) {
   return n / 32 * 32 + n % 4 * 8 + n % 32 / 4;
 }
@@ -134,6 +132,9 @@ class ValueRows {
     }
   }
 
+  ATTN_DEVICE bool aligned() const { return kShared || global_.aligned; }
+
+  template <bool kAligned>
   ATTN_DEVICE void load(int word, uint32_t (&a)[2][4]) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     ATTN_UNROLL
@@ -144,10 +145,10 @@ class ValueRows {
         ATTN_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = 2 * m + i % 2, at = word + 4 * (i / 2);
-          if (!global_.aligned) {
-            a[m][i] = global_.word(4 * g + row, at + t);
-          } else {
+          if constexpr (kAligned) {
             a[m][i] = (at + t) * kWordElements<T> < global_.width ? rows_[row][at] : 0;
+          } else {
+            a[m][i] = global_.word(4 * g + row, at + t);
           }
         }
       }
@@ -162,6 +163,19 @@ class ValueRows {
   Source<T> global_;
 };
 
+template <class T, class P, bool kAligned>
+ATTN_DEVICE void multiply_rows(const ValueRows<T, P>& values, const uint32_t* rows, int words,
+                               float (&sums)[4][4]) {
+#pragma unroll 2
+  for (int word = 0; word < words; word += 8) {
+    uint32_t a[2][4], b[4];
+    load_matrices(b, rows + word);
+    values.template load<kAligned>(word, a);
+    const uint32_t columns[2][2] = {{b[0], b[1]}, {b[2], b[3]}};
+    multiply_words<T>(sums, a, columns);
+  }
+}
+
 // grad_out value^T of a warp's 32 keys and 16 queries. `rows`: grad_out in shared memory from the
 // warp's first query; `words` of E, padded to 8.
 template <class T, class P>
@@ -170,16 +184,13 @@ ATTN_DEVICE void multiply_grad_out(const ValueRows<T, P>& values, const uint32_t
   const int i = threadIdx.x % 32 / 8, x = threadIdx.x % 8;
   rows += (4 * (x / 2) + x % 2 + i / 2 * 2) * BackwardMemory<T, P>::kRowPitch + i % 2 * 4;
   float sums[4][4] = {};
-#pragma unroll 2
-  for (int word = 0; word < words; word += 8) {
-    uint32_t a[2][4], b[4];
-    load_matrices(b, rows + word);
-    values.load(word, a);
-    const uint32_t columns[2][2] = {{b[0], b[1]}, {b[2], b[3]}};
-    multiply_words<T>(sums, a, columns);
+  if (values.aligned()) {
+    multiply_rows<T, P, true>(values, rows, words, sums);
+  } else {
+    multiply_rows<T, P, false>(values, rows, words, sums);
   }
   ATTN_UNROLL
-  for (int i = 0; i < 16; ++i) products.at[i / 8][i / 4 % 2][i % 4] = sums[i / 4][i % 4];
+  for (int e = 0; e < 16; ++e) products.at[e / 8][e / 4 % 2][e % 4] = sums[e / 4][e % 4];
 }
 
 // --- weights
@@ -298,8 +309,8 @@ template <class T, class P>
 ATTN_DEVICE void load_weights(const uint32_t* weights,
                               uint32_t (&a)[P::kQueries / P::kPart / 8][4]) {
   const int first_key = 16 * (threadIdx.x / 32 % P::kKeySlices), i = threadIdx.x % 32 / 8;
-  weights += (first_key + threadIdx.x % 8 + i % 2 * 8) * BackwardMemory<T, P>::kWeightPitch +
-             i / 2 * 4;
+  weights +=
+      (first_key + threadIdx.x % 8 + i % 2 * 8) * BackwardMemory<T, P>::kWeightPitch + i / 2 * 4;
   ATTN_UNROLL
   for (int step = 0; step < P::kQueries / P::kPart / 8; ++step) {
     load_matrices(a[step], weights + 8 * step);
@@ -327,8 +338,8 @@ class ValueSums {
         multiply_weights<T, P>(a, rows, e, c);
         ATTN_UNROLL
         for (int i = 0; i < 4; ++i) {
-          float2* sum = reinterpret_cast<float2*>(shared + i / 2 * 8 * Memory::kValuePitch + e +
-                                                  i % 2 * 8);
+          float2* sum =
+              reinterpret_cast<float2*>(shared + i / 2 * 8 * Memory::kValuePitch + e + i % 2 * 8);
           const float2 before = *sum;
           *sum = make_float2(before.x + c[i % 2][i / 2 * 2], before.y + c[i % 2][i / 2 * 2 + 1]);
         }
