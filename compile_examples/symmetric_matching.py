@@ -48,12 +48,12 @@ class Size:
     batch: int
     steps: int
     seeds: int
-    dim: int
-    heads: int
-    learning_rate: float = 3e-3
+    dim: int = 32
+    heads: int = 2
+    learning_rate: float = 1e-2
 
 
-SMALL, FULL = Size(8, 64, 1500, 2, 32, 2), Size(32, 256, 10_000, 5, 64, 4)
+SMALL, FULL = Size(8, 64, 1000, 2), Size(32, 256, 10_000, 5)
 
 
 def draw_batch(size: Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
