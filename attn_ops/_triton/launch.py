@@ -17,6 +17,7 @@ class Launch(NamedTuple):
     columns: int
     warps: int
     stages: int
+    registers: int | None = None  # of a thread, at most: so that more programs run side by side
 
 
 Table = dict[int, dict[int, list[Launch]]]
@@ -52,4 +53,7 @@ def dot_precision() -> str:
 def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: Any) -> None:
     """Runs `programs` programs, in one dimension of the grid: the others end at 65535."""
     if programs:
-        kernel[(programs,)](*args, **constants, num_warps=sizes.warps, num_stages=sizes.stages)
+        kernel[(programs,)](
+            *args, **constants,
+            num_warps=sizes.warps, num_stages=sizes.stages, maxnreg=sizes.registers,
+        )  # fmt: skip

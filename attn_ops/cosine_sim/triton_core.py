@@ -115,6 +115,17 @@ def _unit(x: Tensor, gain: Tensor | None, groups: int) -> Tensor:
     return unit
 
 
+def _precision(inputs: Inputs) -> str:
+    """How float32 is multiplied: as three bfloat16 each, in six products on the matrix units.
+
+    The parts of wider rows do not fit the registers, and Triton's interpreter does not know it.
+    """
+    query, precision = inputs.query, dot_precision()
+    narrow = max(query.shape[3], inputs.value.shape[3]) <= 128 and query.device.type != "cpu"
+    split = precision == "ieee" and narrow and query.dtype == torch.float32
+    return "bf16x6" if split else precision
+
+
 def prepare(inputs: Inputs, *, raw_query: bool = False) -> Core:
     """Normalises queries, unless they are wanted raw, and keys, and describes the rest."""
     batch, heads, num_queries, width = inputs.query.shape
@@ -127,9 +138,8 @@ def prepare(inputs: Inputs, *, raw_query: bool = False) -> Core:
     head_scale = contiguous(inputs.head_scale)
     scoring = Scoring(factor, head_scale, heads, heads // kv_heads, num_queries, num_keys)
     constants = {
-        "D": width, "E": value_width, "BD": padded(width, inputs.query.dtype),
-        "BE": padded(value_width, inputs.query.dtype),
-        "BITS": bits, "PRECISION": dot_precision(),
+        "D": width, "E": value_width, "BD": padded(width, torch.bfloat16),
+        "BE": padded(value_width, torch.bfloat16), "BITS": bits, "PRECISION": _precision(inputs),
     }  # fmt: skip
     query = inputs.query
     if not raw_query:

@@ -8,39 +8,39 @@ from attn_ops._triton.launch import Launch, Table
 # plain products; second, within 99 KB, elsewhere. Checked by tests/triton/test_compile.py.
 FORWARD: Table = {
     2: {
-        64: [Launch(128, 64, 4, 3), Launch(64, 64, 4, 2)],
+        64: [Launch(64, 64, 4, 3, 128), Launch(64, 64, 4, 2)],
         128: [Launch(64, 64, 4, 3), Launch(128, 32, 8, 2)],
         256: [Launch(128, 32, 8, 3), Launch(64, 32, 8, 1)],
     },
     4: {
-        64: [Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)],
-        128: [Launch(32, 16, 4, 2)] * 2,
+        64: [Launch(128, 64, 8, 2), Launch(64, 32, 4, 1)],
+        128: [Launch(128, 64, 8, 1), Launch(32, 32, 4, 1)],
         256: [Launch(32, 32, 8, 2), Launch(32, 16, 8, 1)],
     },
 }
 # rows are queries
 GRAD_QUERY: Table = {
     2: {
-        64: [Launch(128, 64, 4, 3), Launch(64, 64, 4, 2)],
+        64: [Launch(64, 64, 4, 2)] * 2,
         128: [Launch(128, 64, 8, 3), Launch(64, 32, 4, 2)],
         256: [Launch(128, 32, 8, 1), Launch(32, 32, 4, 2)],
     },
     4: {
-        64: [Launch(64, 32, 8, 2), Launch(32, 32, 4, 2)],
-        128: [Launch(64, 32, 8, 2), Launch(32, 32, 8, 1)],
+        64: [Launch(128, 32, 8, 1), Launch(64, 32, 8, 1)],
+        128: [Launch(128, 32, 8, 1), Launch(32, 32, 8, 1)],
         256: [Launch(32, 16, 4, 1), Launch(32, 16, 8, 1)],
     },
 }
 # rows are keys
 GRAD_KEY_VALUE: Table = {
     2: {
-        64: [Launch(64, 64, 4, 3), Launch(128, 32, 8, 2)],
+        64: [Launch(64, 64, 4, 3, 168), Launch(128, 32, 8, 2)],
         128: [Launch(64, 64, 4, 2), Launch(64, 32, 8, 2)],
         256: [Launch(64, 32, 8, 3), Launch(32, 32, 8, 2)],
     },
     4: {
-        64: [Launch(64, 32, 8, 2), Launch(32, 32, 4, 2)],
-        128: [Launch(32, 32, 8, 2), Launch(32, 16, 8, 1)],
+        64: [Launch(64, 32, 4, 1), Launch(32, 32, 4, 1)],
+        128: [Launch(128, 32, 8, 1), Launch(32, 32, 8, 1)],
         256: [Launch(32, 16, 8, 1), Launch(16, 16, 4, 1)],
     },
 }
@@ -53,7 +53,7 @@ GRAD_BIAS: Table = {
     },
     4: {
         64: [Launch(32, 32, 4, 1)] * 2,
-        128: [Launch(32, 32, 8, 1)] * 2,
+        128: [Launch(16, 16, 4, 1)] * 2,
         256: [Launch(16, 16, 4, 1)] * 2,
     },
 }
