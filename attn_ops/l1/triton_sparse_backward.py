@@ -67,7 +67,7 @@ def _grad_scores(
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     q, q_batch, q_head, q_row, k, k_batch, k_head, k_row, v, v_batch, v_head, v_row,
     g, g_batch, g_head, g_row, r, r_batch, r_head, r_row, start, keys, weight, grad_score,
@@ -135,7 +135,7 @@ def rows_kernel(
                 store_row(grad_query + (matrix * rows + row) * D, -scale * total, d, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def columns_kernel(
     q, q_batch, q_head, q_row, k, k_batch, k_head, k_row, x, x_batch, x_head, x_row, start, queries,
     edges, weight, grad_score, grad_key, sums, added, key_parts, sum_parts, columns, programs,

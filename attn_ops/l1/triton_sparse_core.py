@@ -18,7 +18,10 @@ LOWEST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def _owner(start, rows, place):
-    """The row with the edge at `place`: a search that looks at 32 rows at once."""
+    """The row with the edge at `place`: a search that looks at 32 rows at once.
+
+    Kernels do not specialize `rows`: Triton 3.6 crashes on this loop where that is a constant 1.
+    """
     low = place * 0
     size = low + rows
     while size > 1:

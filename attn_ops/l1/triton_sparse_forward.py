@@ -62,7 +62,7 @@ def _write_weights(score, begin, stop, largest, inverse, BLOCK: tl.constexpr):
         tl.store(score + place, tl.exp(z - largest) * inverse, mask=place < stop)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     q, q_batch, q_head, q_row, k, k_batch, k_head, k_row, v, v_batch, v_head, v_row, start, keys,
     weight, out, parts, rows, programs, num_edges, heads, group, scale,
@@ -124,7 +124,7 @@ def forward_kernel(
         _write_weights(weight, begin, stop, largest, inverse, 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def weights_kernel(
     start, weight, parts, rows, programs, num_edges, E: tl.constexpr, CHUNK: tl.constexpr
 ):
