@@ -167,8 +167,7 @@ def measure(
 ) -> dict[str, list[Times]]:
     """Every contender checked; then for each pass `num_times` rounds, or as many as fit `budget`.
 
-    Three rounds are the least. On a slow CPU the calls that were checked count as the first round,
-    and where a round takes many budgets they are the only one.
+    Three rounds at least; on a slow CPU the calls that were checked are the first, or the only one.
     """
     if setting.device == "cpu":
         torch.set_num_threads(setting.threads)
@@ -179,9 +178,8 @@ def measure(
     first_round = dict.fromkeys(passes, 0.0)
     for contender in contenders:
         its = inputs.tokens_first() if contender.tokens_first else inputs
-        start = time.perf_counter()
         call, failure, seconds = attempt(exact, contender, its, setting, passes != ["forward"])
-        setup = (time.perf_counter() - start) / len(passes)
+        setup = seconds["setup"] / len(passes)
         for which in passes:
             times = Times(contender.name, contender.with_norm, failure=failure, setup=setup)
             results[which].append(times)
@@ -203,14 +201,20 @@ def measure(
 def attempt(
     exact: Exact, contender: Contender, inputs: Inputs, setting: Setting, grad: bool
 ) -> tuple[Call | None, str, dict[str, float]]:
-    """The call, why it is not to be timed, and the seconds of its first passes."""
+    """The call, why it is not to be timed, and the seconds of its first passes and of all this."""
+    call, failure, seconds = None, "", dict[str, float]()
+    start = time.perf_counter()
     try:
-        call = contender.prepare(inputs, setting)
-        if isinstance(call, str):
-            return None, call, {}
-        return call, *check(exact, contender, call, inputs, setting, grad)
+        prepared = contender.prepare(inputs, setting)
+        if isinstance(prepared, str):
+            failure = prepared
+        else:
+            call = prepared
+            failure, seconds = check(exact, contender, call, inputs, setting, grad)
     except Exception as error:
-        return None, explain(error), {}
+        call, failure = None, explain(error)
+    seconds["setup"] = time.perf_counter() - start
+    return call, failure, seconds
 
 
 def take_turns(
