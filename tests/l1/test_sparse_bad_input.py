@@ -1,5 +1,7 @@
 """Wrong arguments of sparse L1 attention and of its edge lists, and what is said about them."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -189,3 +191,29 @@ def test_edges_out_of_range_are_refused_as_a_compiled_program_runs(name: str) ->
     with pytest.raises(ValueError) as caught:
         compiled(*args)
     assert str(caught.value) == str(expected)
+
+
+ASSERTS = """
+import torch, attn_ops
+q = torch.ones(1, 1, 5, 8, device="cuda")
+edges = torch.tensor([[0, 0], [5, 0]], device="cuda")
+try:
+    attn_ops.EdgeList(edges, 5, 5)
+except ValueError as error:
+    print(error)
+attn_ops.l1_sparse_attention(q, q, q, edges)
+print("nobody has waited")
+torch.cuda.synchronize()
+print("unreachable")
+"""
+
+
+def test_raw_edges_out_of_range_are_an_assertion_of_a_gpu(device: torch.device) -> None:
+    """In a process of its own, whose CUDA context does not survive it."""
+    if device.type != "cuda":
+        pytest.skip("an assertion of the device")
+    done = subprocess.run([sys.executable, "-c", ASSERTS], capture_output=True, text=True)
+    assert done.returncode != 0 and "unreachable" not in done.stdout
+    assert "EdgeList: edges must be queries from 0 to 4" in done.stdout
+    assert "nobody has waited" in done.stdout
+    assert "assert" in done.stderr.lower()
