@@ -82,22 +82,57 @@ struct Units<true> {
 template <int kKeys>
 constexpr int kAddedPitch = kKeys + 4;
 
+// Eight rows of what is added, a lane per column: all loads are under way before the first is used.
+template <int kKeys>
+struct AddedRows {
+  static constexpr int kRows = 8;
+  static constexpr int kColumns = kKeys / 32;
+  float at[kRows][kColumns];  // -inf: not seen
+
+  template <class F>
+  ATTN_DEVICE void for_each(F f) {
+    ATTN_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      ATTN_UNROLL
+      for (int c = 0; c < kColumns; ++c) f(at[i][c], i, c);
+    }
+  }
+  template <class S>
+  ATTN_DEVICE void add(const S* from, int64_t row_stride, int64_t stride) {
+    for_each([&](float& x, int i, int c) {
+      if (x != -INFINITY) x += to_float(from[i * row_stride + 32 * c * stride]);
+    });
+  }
+  ATTN_DEVICE void hide(const bool* visible, int64_t row_stride, int64_t stride) {
+    for_each([&](float& x, int i, int c) {
+      if (x != -INFINITY && !visible[i * row_stride + 32 * c * stride]) x = -INFINITY;
+    });
+  }
+};
+
 // Notes what is added to the scores of this warp's queries: -inf for keys that are not seen.
 template <class T, int kKeys>
 ATTN_DEVICE void stage_added(const Problem& p, const BlockIndex& block, const Interval* visible,
                              int first, float* to) {
-  const int first_query = block.first_query + threadIdx.x / 32 * kWarpQueries;
-#pragma unroll 2
-  for (int i = 0; i < kWarpQueries; ++i) {
-    const Interval keys = visible[i];
-    ATTN_UNROLL
-    for (int key = threadIdx.x % 32; key < kKeys; key += 32) {
-      const int n = first + key;
-      to[i * kAddedPitch<kKeys> + key] =
-          n >= keys.begin && n < keys.end
-              ? added_to_score<T>(p, block.b, block.h, first_query + i, n)
-              : -INFINITY;
+  const int b = block.b, h = block.h, lane = threadIdx.x % 32, n = first + lane;
+  const int64_t *bias = p.bias.stride, *mask = p.mask.stride, *relative = p.relative_bias.stride;
+#pragma unroll 1
+  for (int row = 0; row < kWarpQueries; row += AddedRows<kKeys>::kRows) {
+    const int m = block.first_query + threadIdx.x / 32 * kWarpQueries + row;
+    AddedRows<kKeys> added;
+    added.for_each([&](float& x, int i, int c) {
+      const Interval keys = visible[row + i];
+      x = n + 32 * c >= keys.begin && n + 32 * c < keys.end ? 0.0f : -INFINITY;
+    });
+    if (p.relative_bias.data) {
+      const int64_t diagonal = int64_t{n} - m + p.M - 1;
+      added.add(p.relative_bias.at<float>(h, diagonal), -relative[1], relative[1]);
     }
+    if (p.bias.data && p.bias_is_float) added.add(p.bias.at<float>(b, h, m, n), bias[2], bias[3]);
+    if (p.bias.data && !p.bias_is_float) added.add(p.bias.at<T>(b, h, m, n), bias[2], bias[3]);
+    if (p.mask.data) added.hide(p.mask.at<bool>(b, h, m, n), mask[2], mask[3]);
+    added.for_each(
+        [&](float& x, int i, int c) { to[(row + i) * kAddedPitch<kKeys> + lane + 32 * c] = x; });
   }
 }
 
