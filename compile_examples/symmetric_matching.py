@@ -50,10 +50,10 @@ class Size:
     seeds: int
     dim: int = 32
     heads: int = 2
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
 
 
-SMALL, FULL = Size(8, 64, 1000, 2), Size(32, 256, 10_000, 5)
+SMALL, FULL = Size(8, 64, 1000, 2, learning_rate=1e-2), Size(32, 256, 10_000, 5)
 
 
 def draw_batch(size: Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -252,8 +252,8 @@ def report(runs: list[Run], out: Path) -> None:
 {size.tokens} tokens of {CONTENT} random normal numbers, of which two are equal; the model has to
 say how far apart these two are. It gets each token's content and its position, a number, and a
 linear map reads the answer off the sum of the last layer. Width {size.dim},
-{size.heads} heads, batches of {size.batch}, {size.steps} steps of Adam (gradients zeroed
-before each), {size.seeds} seeds, the same for every row.
+{size.heads} heads, batches of {size.batch}, {size.steps} steps of Adam from a learning rate of
+{size.learning_rate} down (gradients zeroed before each), {size.seeds} seeds, the same for every row.
 
 The loss is the squared error over the variance of the distance: a constant answer has 1. Steps
 are the median of the seeds that got there; how many did is in brackets.

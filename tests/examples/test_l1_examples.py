@@ -56,7 +56,7 @@ def test_steps_are_those_of_the_first_stretch_below_the_threshold() -> None:
 
 
 def test_matching_is_learned() -> None:
-    size = matching.Size(4, 64, 500, 1, dim=16, heads=2)
+    size = matching.Size(4, 64, 500, 1, dim=16, learning_rate=1e-2)
     run = matching.train("l1", 1, False, size, "cpu")
     assert run.curves[0][-1] < 0.3 < 0.8 < run.curves[0][0]
 
