@@ -253,7 +253,7 @@ def report(runs: list[Run], out: Path) -> None:
 say how far apart these two are. It gets each token's content and its position, a number, and a
 linear map reads the answer off the sum of the last layer. Width {size.dim},
 {size.heads} heads, batches of {size.batch}, {size.steps} steps of Adam from a learning rate of
-{size.learning_rate} down (gradients zeroed before each), {size.seeds} seeds, the same for every row.
+{size.learning_rate} down (gradients zeroed before each), {size.seeds} seeds, alike for every row.
 
 The loss is the squared error over the variance of the distance: a constant answer has 1. Steps
 are the median of the seeds that got there; how many did is in brackets.
