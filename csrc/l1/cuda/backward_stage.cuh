@@ -52,7 +52,8 @@ ATTN_DEVICE uint32_t scaled_word(uint32_t pair, float factor, BFloat kind) {
 // whole sectors of global memory, and all banks.
 template <class T, class P, int kRows, int kPitch>
 ATTN_DEVICE void stage_columns(const Source<T>& from, float factor, uint32_t* to) {
-  constexpr int kGroups = kRows / 16 * (P::kWords / 8) / P::kWarps;  // of a warp
+  constexpr int kRowGroups = kRows / 16;
+  constexpr int kGroups = kRowGroups * (P::kWords / 8) / P::kWarps;  // of a warp
   constexpr int kAtOnce = kGroups < 4 ? kGroups : 4;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (!from.aligned) {
@@ -63,20 +64,21 @@ ATTN_DEVICE void stage_columns(const Source<T>& from, float factor, uint32_t* to
     }
     return;
   }
+  // Group k of a warp: rows 16 * (k % kRowGroups) and on, words 8 * (k / kRowGroups) and on.
 #pragma unroll 1
   for (int k = 0; k < kGroups; k += kAtOnce) {
     uint4 held[kAtOnce];
     ATTN_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
       const int group = (k + i) * P::kWarps + warp;
-      held[i] = from.four(group % (kRows / 16) * 16 + lane % 16,
-                          group / (kRows / 16) * 8 + lane / 16 * 4);
+      held[i] = from.four(group % kRowGroups * 16 + lane % 16,
+                          group / kRowGroups * 8 + lane / 16 * 4);
     }
     ATTN_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
       const int group = (k + i) * P::kWarps + warp;
-      uint32_t* target = to + (group / (kRows / 16) * 8 + lane / 16 * 4) * kPitch +
-                         group % (kRows / 16) * 16 + lane % 16;
+      uint32_t* target = to + (group / kRowGroups * 8 + lane / 16 * 4) * kPitch +
+                         group % kRowGroups * 16 + lane % 16;
       target[0] = scaled_word(held[i].x, factor, T{});
       target[kPitch] = scaled_word(held[i].y, factor, T{});
       target[2 * kPitch] = scaled_word(held[i].z, factor, T{});
@@ -97,12 +99,15 @@ ATTN_DEVICE void stage_rows(const Source<T>& from, int words, int pitch, PlaceOf
     }
     return;
   }
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kRows * P::kWords / 4; i += P::kThreads) {
-    const int row = i / (P::kWords / 4), word = i % (P::kWords / 4) * 4;
-    const bool valid = from.exists(row) && word * kWordElements<T> < from.width;
-    const void* source = valid ? from.row(row) + word * kWordElements<T> : from.data;
-    if (word < words) copy16_async(to + place_of(row) * pitch + word, source, valid);
+  constexpr int kEach = P::kWords / 4, kStep = P::kThreads / kEach;  // threads of a row, rows at once
+  const int first = threadIdx.x / kEach, word = threadIdx.x % kEach * 4;
+  if (word >= words) return;
+  const int size = word * kWordElements<T> < from.width ? from.count - from.first : 0;
+  const T* source = from.row(first) + word * kWordElements<T>;
+  ATTN_UNROLL
+  for (int row = first; row < first + kRows; row += kStep) {
+    copy16_async(to + place_of(row) * pitch + word, row < size ? source : from.data, row < size);
+    source += kStep * from.row_stride;
   }
 }
 

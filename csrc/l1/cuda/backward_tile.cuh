@@ -200,12 +200,13 @@ struct Pair {
   float weight, grad, slope;
 };
 
-template <bool kExtras>
+template <bool kGeneral>
 ATTN_DEVICE Pair pair_of(const Problem& p, float distance, float added, float product, float lse,
                          float delta) {
   constexpr float kLog2e = 1.4426950408889634f;
-  float score = score_of(p, distance), slope = -p.scale;
-  if constexpr (kExtras) {
+  float score = -multiply_rounded(p.scale, distance), slope = -p.scale;
+  if constexpr (kGeneral) {
+    score = score_of(p, distance);
     if (p.inverse) slope *= score * score;
     score += added;
   }
