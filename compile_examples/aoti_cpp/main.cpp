@@ -11,8 +11,9 @@
 #include <string>
 #include <vector>
 
+#include <ATen/ATen.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 
 namespace {
 
@@ -40,7 +41,7 @@ int main(int argc, char** argv) {
 
   c10::InferenceMode mode;
   torch::inductor::AOTIModelPackageLoader model(folder + "/model.pt2");
-  const c10::List<c10::IValue> cases = torch::pickle_load(read(folder + "/cases.pt")).toList();
+  const c10::List<c10::IValue> cases = torch::jit::pickle_load(read(folder + "/cases.pt")).toList();
   const size_t count = cases.size() / 2;
   bool agree = true;
   for (size_t i = 0; i < count; ++i) {

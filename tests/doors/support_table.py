@@ -17,17 +17,25 @@ from typing import Any
 import pytest
 import torch
 
-# The doors, in the order of the table: what a test file, or one test of it, asks.
+OPCHECK = "`torch.library.opcheck`"
+COMPILE = "`torch.compile`, dynamic lengths, no graph break"
+EXPORT = "`torch.export`, strict and not, dynamic, saved, decomposed"
+# The doors, in the order of the table: what a test file, or the tests of it whose names begin so,
+# ask.
 DOORS = {
     "conformance/test_numerics.py": "float64, float32, bfloat16, float16",
-    "conformance/test_opcheck.py": "`torch.library.opcheck`",
-    "conformance/test_compile.py": "`torch.compile`, dynamic lengths, no graph break",
+    "conformance/test_opcheck.py": OPCHECK,
+    "linear/test_step.py::test_passes_opcheck": OPCHECK,
+    "conformance/test_compile.py": COMPILE,
+    "linear/test_step.py::test_compiled_steps": COMPILE,
+    "doors/test_compile.py::test_cuda_graphs": "CUDA graphs (`reduce-overhead`)",
     "doors/test_compile.py::test_batch_and_heads": "`torch.compile`, dynamic batch and heads",
     "doors/test_compile.py::test_compiled_autograd": "compiled autograd",
     "doors/test_compile.py::test_scale": "a compiled `scale` tensor",
     "doors/test_compile.py::test_vmap": "`vmap` inside of `torch.compile`",
     "doors/test_compile.py::test_second_process": "Inductor's cache in a second process",
-    "conformance/test_export.py": "`torch.export`, strict and not, dynamic, saved, decomposed",
+    "conformance/test_export.py": EXPORT,
+    "linear/test_step.py::test_exported_program": EXPORT,
     "doors/test_aoti.py": "AOTInductor package run from Python",
     "doors/test_aoti_cpp.py": "AOTInductor package run from C++ without Python",
     "doors/test_onnx.py": "ONNX, run in onnxruntime",
@@ -52,7 +60,9 @@ DOORS = {
     "doors/test_dtensor.py": "DTensor over batch and heads",
     "doors/test_fsdp_tensor_parallel.py": "FSDP2 and tensor parallelism of the GPT",
 }
-# The columns; a test without a spec names its ops with @pytest.mark.ops(...).
+# Files whose tests ask one op.
+OPS_OF_FILES = {"linear/test_step.py": ("linear_step",)}
+# The columns; another test without a spec names its ops with @pytest.mark.ops(...).
 OPS = (
     "cosine_sim", "l1", "l1_scores", "l1_sparse", "linear", "linear_with_state", "linear_step",
 )  # fmt: skip
@@ -61,13 +71,16 @@ MARKS = {"passed": "✓", "failed": "✗", "skipped": ""}
 Outcomes = dict[tuple[str, str], set[str]]
 
 
+def file_of(item: pytest.Item) -> str:
+    return "/".join(item.path.parts[-2:])
+
+
 def door_of(item: pytest.Item) -> str | None:
-    """The key of DOORS that a test falls under."""
-    file = "/".join(item.path.parts[-2:])
-    for key in DOORS:
+    """The door that a test knocks at."""
+    for key, door in DOORS.items():
         at, _, test = key.partition("::")
-        if at == file and item.name.startswith(test):
-            return key
+        if at == file_of(item) and item.name.startswith(test):
+            return door
     return None
 
 
@@ -77,7 +90,7 @@ def ops_of(item: pytest.Item) -> tuple[str, ...]:
         return marker.args
     callspec = getattr(item, "callspec", None)
     spec = callspec.params.get("spec") if callspec is not None else None
-    return () if spec is None else (spec.name,)
+    return OPS_OF_FILES.get(file_of(item), ()) if spec is None else (spec.name,)
 
 
 def mark(outcomes: set[str]) -> str:
@@ -91,8 +104,8 @@ def mark(outcomes: set[str]) -> str:
 def table(outcomes: Outcomes) -> str:
     """Doors that were tried, by op."""
     lines = [f"| | {' | '.join(OPS)} |", f"|---|{'---|' * len(OPS)}"]
-    for key, door in DOORS.items():
-        cells = [mark(outcomes.get((key, op), set())) for op in OPS]
+    for door in dict.fromkeys(DOORS.values()):
+        cells = [mark(outcomes.get((door, op), set())) for op in OPS]
         lines.append(f"| {door} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -152,8 +165,8 @@ class Recorder:
         self.counts[report.outcome] += 1
         for name, value in report.user_properties:
             if name == "support":
-                door, op = value  # type: ignore[misc]  # a list where pytest-xdist sent it
-                self.outcomes[door, op].add(report.outcome)
+                key: Any = value  # a list where pytest-xdist sent it
+                self.outcomes[key[0], key[1]].add(report.outcome)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         path: Any = session.config.getoption("support_table")

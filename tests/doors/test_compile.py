@@ -37,6 +37,21 @@ def test_batch_and_heads_compile_once(spec: OpSpec, device: torch.device) -> Non
     assert counter.frame_count == 1
 
 
+def test_cuda_graphs_read_inputs_anew(spec: OpSpec, device: torch.device) -> None:
+    """Forward and backward are replayed with other numbers each time."""
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs")
+    compiled = torch.compile(spec.run, mode="reduce-overhead", fullgraph=True)
+    for seed in range(5):  # the first calls record
+        case = spec.cases["everything"].but(seed=seed)
+        arguments = spec.build(case, torch.float32, device)
+        grads = cotangents(*spec.run(**arguments))
+        expected = with_gradients(spec, spec.run, arguments, *grads)
+        torch.compiler.cudagraph_mark_step_begin()
+        for name, result in with_gradients(spec, compiled, arguments, *grads).items():
+            assert_same(name, result, expected[name])
+
+
 def test_compiled_autograd_gives_the_same_gradients(spec: OpSpec, device: torch.device) -> None:
     """The backward pass is captured as one graph."""
     arguments = spec.build(spec.cases["everything"], torch.float32, device)

@@ -69,6 +69,7 @@ def test_no_answer_is_reused_for_another_call(spec: OpSpec, passed: set[str]) ->
     assert f"{spec.name}, cache, both" in passed
 
 
+@pytest.mark.ops("linear_step")
 def test_step_updates_the_shards_of_its_state(passed: set[str]) -> None:
     assert "linear_step, plain, both" in passed
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+import attn_ops
 from attn_ops import _flops, _library, info, masks
 from tests.conformance.evaluate import scalar
 from tests.conformance.spec import OpSpec
@@ -122,6 +123,18 @@ def test_fake_tensors_are_counted_the_same(
             }
         )
     assert counted(mode) == HAND[spec.name](arguments)[0]
+
+
+@pytest.mark.ops("linear_step")
+def test_step_is_counted_as_by_hand(device: torch.device) -> None:
+    """The new token's product is added to the state, and the query reads it."""
+    batch, heads, width, value_width = 2, 4, 6, 5
+    query = torch.rand(batch, heads, 1, width, device=device)
+    key, value = query[:, :2], torch.rand(batch, 2, 1, value_width, device=device)
+    state = torch.zeros(batch, heads, width, value_width, device=device)
+    with FlopCounterMode(display=False) as mode:
+        attn_ops.linear_attention_step(query, key, value, state, state[..., 0].clone())
+    assert counted(mode) == batch * heads * 4 * width * value_width
 
 
 def test_every_private_op_has_a_law() -> None:

@@ -12,7 +12,15 @@ ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
 
 
-@pytest.mark.parametrize(("attention", "tensor"), (("cosine_sim", 2), ("l1", 2), ("linear", 1)))
+@pytest.mark.parametrize(
+    ("attention", "tensor"),
+    [
+        pytest.param(
+            attention, tensor, marks=pytest.mark.ops(attention), id=f"{attention}-{tensor}"
+        )
+        for attention, tensor in (("cosine_sim", 2), ("l1", 2), ("linear", 1))
+    ],
+)
 def test_losses_are_those_of_one_process(attention: str, tensor: int) -> None:
     example = ROOT / "compile_examples" / "fsdp_tensor_parallel.py"
     options = ["--attention", attention, "--tensor", str(tensor), "--backend", "aot_eager"]
