@@ -70,14 +70,15 @@ def fold(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    relative_bias: Tensor | None,
-    sink: Tensor | None,
-    causal: bool,
-    window: int | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = False,
+    relative_bias: Tensor | None = None,
+    window: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Folded:
     """Checks the shared arguments of `op` and folds them."""
     query, key, value = autocast(query, key, value)

@@ -104,6 +104,15 @@ def assert_tracing_raises_the_same(
     assert without_sizes(error) == without_sizes(expected)
 
 
+def assert_exporting_raises_the_same(op: Callable[..., Any], *args: Tensor) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return op(*args)
+
+    error = error_of(lambda: torch.export.export(Module(), args, strict=False))
+    assert str(error) == str(error_of(op, *args))
+
+
 OTHER_DTYPES = (
     torch.float64,
     torch.float32,

@@ -40,34 +40,16 @@ def _attention(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    causal: bool = False,
     scale: float = 8.0,
     normalize: bool = True,
     groups: int = 1,
-    relative_bias: Tensor | None = None,
-    window: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    sink: Tensor | None = None,
     head_scale: Tensor | None = None,
     query_gain: Tensor | None = None,
     key_gain: Tensor | None = None,
+    **shared: Any,
 ) -> tuple[Tensor, Tensor]:
-    args = fold(
-        op,
-        query,
-        key,
-        value,
-        mask,
-        bias,
-        relative_bias,
-        sink,
-        causal,
-        window,
-        cu_seqlens_q,
-        cu_seqlens_k,
-    )
-    parameters = (bias, relative_bias, sink, head_scale, query_gain, key_gain)
+    args = fold(op, query, key, value, mask, bias, **shared)
+    parameters = (bias, args.relative_bias, args.sink, head_scale, query_gain, key_gain)
     _autograd.check_forward_mode(op, query, key, value, *parameters)
     heads = args.query.shape[1]
     check_scale(op, scale, args.query)

@@ -32,31 +32,13 @@ def _attention(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    causal: bool = False,
     scale: float | None = None,
     score: str = "negative",
     eps: float = 1e-3,
-    relative_bias: Tensor | None = None,
-    window: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    sink: Tensor | None = None,
+    **shared: Any,
 ) -> tuple[Tensor, Tensor]:
-    args = fold(
-        op,
-        query,
-        key,
-        value,
-        mask,
-        bias,
-        relative_bias,
-        sink,
-        causal,
-        window,
-        cu_seqlens_q,
-        cu_seqlens_k,
-    )
-    _autograd.check_forward_mode(op, query, key, value, bias, relative_bias, sink)
+    args = fold(op, query, key, value, mask, bias, **shared)
+    _autograd.check_forward_mode(op, query, key, value, bias, args.relative_bias, args.sink)
     out, lse = torch.ops.attn._l1_fwd(
         args.query,
         args.key,

@@ -10,7 +10,7 @@ import attn_ops
 from tests import strategies
 from tests.conformance.spec import OpSpec
 from tests.cosine_sim.formula import formula, magnitudes
-from tests.strategies import Case
+from tests.strategies import SOFTMAX_LIKE, SOFTMAX_LIKE_LONG, Case
 
 SWIN = 100.0  # the largest temperature of Swin Transformer V2
 
@@ -39,56 +39,18 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
     return drawn | {"query_gain": draw(gains), "key_gain": draw(gains)}
 
 
-PACKED = ((3, 3), (0, 2), (4, 1), (2, 5), (5, 0))
-CASES = {
-    "plain": Case(),
-    "transposed": Case(strides="transposed"),
-    "expanded": Case(strides="expanded"),
-    "grouped heads": Case(heads=6, kv_heads=2, options={"head_scale": True}),
-    "one key head of rank 3": Case(heads=3, kv_heads=1, layout="BND", bias="HMN"),
-    "merged batch and heads": Case(
-        batch=4, heads=1, kv_heads=1, layout="merged", mask="BN", bias="HMN"
-    ),
-    "key mask and broadcast bias": Case(mask="BN", bias="11MN"),
-    "mask of rank 4 and causal": Case(mask="B1MN", causal=True),
-    "bias that hides": Case(bias="B1MN", bias_hides=True, wide_parameters=False),
-    "bias of every row": Case(bias="BHM1"),
-    "relative bias": Case(relative_bias="H"),
-    "one relative bias for all heads": Case(relative_bias="1", causal=True),
-    "causal": Case(queries=9, keys=9, causal=True),
-    "causal with more queries than keys": Case(queries=9, keys=4, causal=True),
-    "window": Case(queries=6, keys=20, causal=True, window=3),
-    "packed": Case(batch=1, queries=15, keys=12, sequences=PACKED),
-    "packed, causal, window": Case(
-        batch=1, queries=15, keys=12, sequences=PACKED, causal=True, window=2
-    ),
-    "packed with relative bias": Case(
-        batch=1, queries=9, keys=9, sequences=((4, 4), (3, 3)), relative_bias="H", causal=True
-    ),
-    "sink": Case(sink=True, causal=True, queries=9, keys=4),
+CASES = SOFTMAX_LIKE | {
+    "grouped heads": SOFTMAX_LIKE["grouped heads"].but(options={"head_scale": True}),
     "gains and groups": Case(options={"groups": 2, "query_gain": "HD", "key_gain": "D"}),
     "without norms": Case(options={"normalize": False, "scale": 0.35}),
-    "odd widths": Case(width=13, value_width=17, queries=33, keys=35),
-    "wide": Case(width=256, value_width=256),
-    "narrow": Case(width=1, value_width=1),
-    "longer than a block": Case(batch=1, queries=70, keys=150, width=32, value_width=40),
-    "everything": Case(
-        heads=4,
-        queries=6,
-        keys=9,
-        mask="B1MN",
-        bias="1HMN",
-        relative_bias="H",
-        causal=True,
-        window=5,
-        sink=True,
+    "everything": SOFTMAX_LIKE["everything"].but(
         options={
             "scale": 5.0,
             "groups": 2,
             "head_scale": True,
             "query_gain": "HD",
             "key_gain": "D",
-        },
+        }
     ),
 }
 
@@ -115,15 +77,7 @@ SPEC = OpSpec(
         "sink",
     ),
     cases=CASES,
-    long=Case(
-        heads=1,
-        kv_heads=1,
-        width=8,
-        value_width=8,
-        relative_bias="H",
-        causal=True,
-        sink=True,
-    ),
+    long=SOFTMAX_LIKE_LONG,
     examples=(
         # The diagonals of no scores: there are none of them, not -1.
         Case(batch=1, queries=0, keys=0, relative_bias="H", sequences=((0, 0),), causal=True),

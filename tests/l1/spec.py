@@ -11,7 +11,7 @@ from tests import strategies
 from tests.conformance.spec import OpSpec
 from tests.l1 import formula
 from tests.l1.sparse_spec import SPARSE
-from tests.strategies import Case
+from tests.strategies import LAYOUTS, SOFTMAX_LIKE, SOFTMAX_LIKE_LONG, Case
 
 
 def build(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -34,53 +34,11 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
 
 
 INVERSE = {"score": "inverse", "scale": 0.5, "eps": 0.125}
-PACKED = ((3, 3), (0, 2), (4, 1), (2, 5), (5, 0))
-COMMON = {
-    "plain": Case(),
-    "transposed": Case(strides="transposed"),
-    "expanded": Case(strides="expanded"),
+INVERSES = {
     "inverse": Case(options=INVERSE),
-    "grouped heads": Case(heads=6, kv_heads=2, options=INVERSE),
-    "one key head of rank 3": Case(heads=3, kv_heads=1, layout="BND"),
-    "merged batch and heads": Case(batch=4, heads=1, kv_heads=1, layout="merged"),
-    "odd widths": Case(width=13, value_width=17, queries=33, keys=35),
-    "wide": Case(width=256, value_width=256),
-    "narrow": Case(width=1, value_width=1),
-    "longer than a block": Case(batch=1, queries=70, keys=150, width=32, value_width=40),
+    "grouped heads": LAYOUTS["grouped heads"].but(options=INVERSE),
 }
-CASES = COMMON | {
-    "one key head of rank 3": COMMON["one key head of rank 3"].but(bias="HMN"),
-    "merged batch and heads": COMMON["merged batch and heads"].but(mask="BN", bias="HMN"),
-    "key mask and broadcast bias": Case(mask="BN", bias="11MN"),
-    "mask of rank 4 and causal": Case(mask="B1MN", causal=True),
-    "bias that hides": Case(bias="B1MN", bias_hides=True, wide_parameters=False),
-    "bias of every row": Case(bias="BHM1"),
-    "relative bias": Case(relative_bias="H"),
-    "one relative bias for all heads": Case(relative_bias="1", causal=True),
-    "causal": Case(queries=9, keys=9, causal=True),
-    "causal with more queries than keys": Case(queries=9, keys=4, causal=True),
-    "window": Case(queries=6, keys=20, causal=True, window=3),
-    "packed": Case(batch=1, queries=15, keys=12, sequences=PACKED),
-    "packed, causal, window": Case(
-        batch=1, queries=15, keys=12, sequences=PACKED, causal=True, window=2
-    ),
-    "packed with relative bias": Case(
-        batch=1, queries=9, keys=9, sequences=((4, 4), (3, 3)), relative_bias="H", causal=True
-    ),
-    "sink": Case(sink=True, causal=True, queries=9, keys=4),
-    "everything": Case(
-        heads=4,
-        queries=6,
-        keys=9,
-        mask="B1MN",
-        bias="1HMN",
-        relative_bias="H",
-        causal=True,
-        window=5,
-        sink=True,
-        options=INVERSE,
-    ),
-}
+EVERYTHING = {"everything": SOFTMAX_LIKE["everything"].but(options=INVERSE)}
 
 L1 = OpSpec(
     name="l1",
@@ -94,16 +52,8 @@ L1 = OpSpec(
     drawn=partial(strategies.cases, options()),
     resized=strategies.resized,
     differentiable=("query", "key", "value", "bias", "relative_bias", "sink"),
-    cases=CASES,
-    long=Case(
-        heads=1,
-        kv_heads=1,
-        width=8,
-        value_width=8,
-        relative_bias="H",
-        causal=True,
-        sink=True,
-    ),
+    cases=SOFTMAX_LIKE | INVERSES | EVERYTHING,
+    long=SOFTMAX_LIKE_LONG,
 )
 SCORES = OpSpec(
     name="l1_scores",
@@ -119,7 +69,7 @@ SCORES = OpSpec(
     drawn=partial(strategies.cases, options()),
     resized=strategies.resized,
     differentiable=("query", "key"),
-    cases=COMMON | {"everything": Case(heads=4, queries=6, keys=9, options=INVERSE)},
+    cases=LAYOUTS | INVERSES | EVERYTHING,
     long=None,
 )
 SPECS = (L1, SCORES, SPARSE)

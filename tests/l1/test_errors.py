@@ -6,13 +6,13 @@ EXPECTTEST_ACCEPT=1 rewrites them. Each is raised in eager mode and while tracin
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from torch import Tensor
 
 import attn_ops
 from tests.errors import (
     TRACING,
     Tracing,
     assert_compiling_raises_the_same_words,
+    assert_exporting_raises_the_same,
     assert_tracing_raises_the_same,
     case,
     error_of,
@@ -192,13 +192,7 @@ def test_compiling_raises_the_same_words(name: str) -> None:
 
 
 def test_exporting_raises_the_same() -> None:
-    class Module(torch.nn.Module):
-        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend(query, key, value)
-
-    args = CASES["key of another width"][0]
-    error = error_of(lambda: torch.export.export(Module(), args, strict=False))
-    assert str(error) == str(error_of(attend, *args))
+    assert_exporting_raises_the_same(attend, *CASES["key of another width"][0])
 
 
 def test_bad_input_touches_no_memory() -> None:
