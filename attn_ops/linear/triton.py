@@ -166,9 +166,14 @@ def _grad_query(p: Problem, rows: Rows) -> Tensor:
         grad_query_kernel, _walk(p, tiles, length, before, p.query.shape[0]),
         tiles.columns(rows.grad_out), *rows[1:], tiles.rows(p.query), tiles.rows(key),
         tiles.columns(value), p.mask, p.decay, p.offsets, *before, tiles.rows(grad), length,
-        **tiles.constants(length), BY_FEATURES=tiles.by_features,
+        **tiles.constants(length), BY_FEATURES=tiles.by_features, spared=_spared(p),
     )  # fmt: skip
     return _added(grad, p.query)
+
+
+def _spared(p: Problem) -> int:
+    """Stages that gradients of taylor's features leave no shared memory for."""
+    return 1 if p.blocks > 1 else 0
 
 
 March = tuple[Tiles, Tensor | None, Tensor | None]
@@ -223,6 +228,7 @@ def _grad_key_side(p: Problem, rows: Rows, after: Sums, wanted: set[str]) -> dic
             tiles.columns(p.value), p.mask, p.decay, p.offsets, *before, tiles.rows(key),
             tiles.columns(value), *written, length,
             **tiles.constants(length), BY_FEATURES=tiles.by_features,
+            spared=0 if key is None else _spared(p),
         )  # fmt: skip
     inputs = {"key": p.key, "value": p.value}
     return grads | {name: _added(grads[name], x) for name, x in inputs.items() if name in grads}

@@ -25,7 +25,6 @@ from attn_ops.linear.triton_core import (
     place,
     product,
     read,
-    read_sum,
     since_begin,
     store_state,
     store_sum,
@@ -79,6 +78,7 @@ def grad_query_kernel(
     feature, column, once = part * PF, 0, True
     if not BY_FEATURES:
         feature, column, once = 0, part * PE, part == 0
+    LATE: tl.constexpr = BLOCKS > 1  # as in forward_kernel
     running = load_state(state, entry, feature, column, FEATURES, D, E, F, PF, PE, BLOCKS)
     if d is not None:
         running_sum = load_sum(key_sum, entry, feature, FEATURES, D, F, PF, BLOCKS)
@@ -94,15 +94,12 @@ def grad_query_kernel(
             y = load_inputs(
                 k, batch, kv_head, first, seen, feature, FEATURES, D, C, PD, mask is not None
             )
-            if d is not None:
-                # Before the products, which take the registers.
-                weight = None
-                if rate is not None:
-                    weight = what_is_left(rate, count, C)
-                added_sums = ()
-                for j in tl.static_range(BLOCKS):
-                    phi_k = features(y, seen, feature, j, FEATURES, D, PD, PF, OPERAND, PRECISION)
-                    added_sums = added_sums + (partial_sums(phi_k, weight, C, PF),)
+            weight = None
+            if rate is not None:
+                weight = what_is_left(rate, count, C)
+            if d is not None and not LATE:
+                phi_k = features(y, seen, feature, 0, FEATURES, D, PD, PF, OPERAND, PRECISION)
+                added_sum = partial_sums(phi_k, weight, FEATURES, C, PF, OPERAND, PRECISION)
             values = load_tokens(v, batch, kv_head, first, exists, column, E, C, PE, False)
         grad = load_tokens(g, batch, head, first, exists, column, E, C, PE, False)
         x = None
@@ -121,8 +118,9 @@ def grad_query_kernel(
             if inverse is not None:
                 grad_phi *= factor
             if d is not None:
-                rows = read_sum(running_sum[j], j * PF, FEATURES, D, PF)
-                grad_phi += times_sum(grad_sum, rows, C, OPERAND, PRECISION)
+                grad_phi += times_sum(
+                    grad_sum, running_sum[j], j * PF, FEATURES, D, PF, C, OPERAND, PRECISION
+                )
             grad_phi = since_begin(grad_phi, rate, C)
             acc = through_features(
                 acc, grad_phi, x, j * PF, FEATURES, D, PD, PF, OPERAND, PRECISION
@@ -148,7 +146,9 @@ def grad_query_kernel(
                 added = product(tl.trans(phi_k), values, OPERAND, PRECISION)
                 states = states + (over(running[j], rate, count) + added,)
                 if d is not None:
-                    sums = sums + (over(running_sum[j], rate, count) + added_sums[j],)
+                    if LATE:
+                        added_sum = partial_sums(phi_k, weight, FEATURES, C, PF, OPERAND, PRECISION)
+                    sums = sums + (over(running_sum[j], rate, count) + added_sum,)
             running = states
             if d is not None:
                 running_sum = sums
@@ -178,6 +178,7 @@ def grad_key_value_kernel(
     feature, column, once = part * PF, 0, True
     if not BY_FEATURES:
         feature, column, once = 0, part * PE, part == 0
+    LATE: tl.constexpr = BLOCKS > 1  # as in forward_kernel
     sums_queries: tl.constexpr = d is not None and (grad_k is not None or first_sum is not None)
     running = load_state(grad_state, entry, feature, column, FEATURES, D, E, F, PF, PE, BLOCKS)
     if sums_queries:
@@ -207,10 +208,9 @@ def grad_key_value_kernel(
                 weight = grad_sum
                 if rate is not None:
                     weight *= what_was_left(rate, C)
-                added_sums = ()
-                for j in tl.static_range(BLOCKS):
-                    phi_q = features(x, exists, feature, j, FEATURES, D, PD, PF, OPERAND, PRECISION)
-                    added_sums = added_sums + (partial_sums(phi_q, weight, C, PF),)
+                if not LATE:
+                    phi_q = features(x, exists, feature, 0, FEATURES, D, PD, PF, OPERAND, PRECISION)
+                    added_sum = partial_sums(phi_q, weight, FEATURES, C, PF, OPERAND, PRECISION)
         target = batch + part * walk.spread
         if grad_v is not None:
             for j in tl.static_range(BLOCKS):
@@ -234,8 +234,9 @@ def grad_key_value_kernel(
                 grad_phi = product(values, tl.trans(seen_state), OPERAND, PRECISION)
                 if sums_queries:
                     ones = tl.where(once, tl.full([C], 1.0, tl.float32), 0.0)
-                    rows = read_sum(running_sum[j], j * PF, FEATURES, D, PF)
-                    grad_phi += times_sum(ones, rows, C, OPERAND, PRECISION)
+                    grad_phi += times_sum(
+                        ones, running_sum[j], j * PF, FEATURES, D, PF, C, OPERAND, PRECISION
+                    )
                 grad_phi = until_end(grad_phi, rate, count, C)
                 acc = through_features(
                     acc, grad_phi, y, j * PF, FEATURES, D, PD, PF, OPERAND, PRECISION
@@ -261,7 +262,9 @@ def grad_key_value_kernel(
                 added = product(tl.trans(phi_q), grad, OPERAND, PRECISION)
                 states = states + (over(running[j], rate, count) + added,)
                 if sums_queries:
-                    sums = sums + (over(running_sum[j], rate, count) + added_sums[j],)
+                    if LATE:
+                        added_sum = partial_sums(phi_q, weight, FEATURES, C, PF, OPERAND, PRECISION)
+                    sums = sums + (over(running_sum[j], rate, count) + added_sum,)
             running = states
             if sums_queries:
                 running_sum = sums

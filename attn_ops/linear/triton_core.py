@@ -202,19 +202,18 @@ def read(tile, begin, FEATURES: tl.constexpr, D: tl.constexpr, PF: tl.constexpr)
         return tile * (weight * weight)[:, None]
 
 
-@triton.jit
-def read_sum(rows, begin, FEATURES: tl.constexpr, D: tl.constexpr, PF: tl.constexpr):
-    """The same of a tile of partial sums."""
-    if FEATURES != "taylor":
-        return rows
-    else:
-        weight = taylor_weights(begin, D, PF)
-        return rows * (weight * weight)[None, :]
-
-
 # A key_sum [F] is carried as ROWS partial sums, whose sum it is: the fewest rows of an operand that
-# tensor cores take. No thread then waits for another one's tokens, and a product adds the rows up.
+# tensor cores take. Threads add up tokens of their own, and a product adds the rows up.
 ROWS = tl.constexpr(16)
+
+
+@triton.jit
+def in_rows(vector):
+    """[ROWS, W] whose sum of rows is the vector [W]: as bfloat16 has it, and below it the rest."""
+    row = tl.arange(0, ROWS)[:, None]
+    rounded = vector.to(tl.bfloat16).to(tl.float32)
+    rest = tl.where(row == 1, (vector - rounded)[None, :], 0.0)
+    return tl.where(row == 0, rounded[None, :], rest)
 
 
 @triton.jit
@@ -222,11 +221,7 @@ def load_sum(
     pointer, matrix, column, FEATURES: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     PF: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS of [ROWS, PF] whose rows sum up to entry `matrix` of [matrices, F], or zeros.
-
-    Row 0 is the entry as bfloat16 has it and row 1 the rest: operands lose little of their sum.
-    """
-    row = tl.arange(0, ROWS)[:, None]
+    """BLOCKS of [ROWS, PF] whose rows sum up to entry `matrix` of [matrices, F], or zeros."""
     tiles = ()
     for i in tl.static_range(BLOCKS):
         if pointer is None:
@@ -236,9 +231,7 @@ def load_sum(
             total = tl.load(pointer + matrix * F + columns, mask=columns < F, other=0.0)
             if FEATURES == "taylor":
                 total /= taylor_weights(i * PF, D, PF)
-            rounded = total.to(tl.bfloat16).to(tl.float32)
-            rest = tl.where(row == 1, (total - rounded)[None, :], 0.0)
-            tiles = tiles + (tl.where(row == 0, rounded[None, :], rest),)
+            tiles = tiles + (in_rows(total),)
     return tiles
 
 
@@ -257,19 +250,51 @@ def store_sum(
 
 
 @triton.jit
-def partial_sums(phi, weight, C: tl.constexpr, PF: tl.constexpr):
-    """[ROWS, PF]: phi [C, PF], times weight [C] unless None, summed over tokens ROWS apart."""
-    tile = phi.to(tl.float32)
-    if weight is not None:
-        tile *= weight[:, None]
-    return tl.sum(tl.reshape(tile, [C // ROWS, ROWS, PF]), 0)
+def partial_sums(
+    phi, weight, FEATURES: tl.constexpr, C: tl.constexpr, PF: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, PF] whose rows sum up to the sum of phi [C, PF], times weight [C] unless None."""
+    if FEATURES == "taylor":
+        # Its features come out of a product, and threads hold few tokens of each.
+        if weight is None:
+            weight = tl.full([C], 1.0, tl.float32)
+        return product(in_rows(weight), phi, OPERAND, PRECISION)
+    else:
+        tile = phi.to(tl.float32)
+        if weight is not None:
+            tile *= weight[:, None]
+        return tl.sum(tl.reshape(tile, [C // ROWS, ROWS, PF]), 0)
 
 
 @triton.jit
-def times_sum(column, rows, C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """[C, WIDTH]: column [C] times the sum of the rows [ROWS, WIDTH]."""
+def read_sum(rows, begin, FEATURES: tl.constexpr, D: tl.constexpr, PF: tl.constexpr):
+    """`read` of a tile of partial sums."""
+    if FEATURES != "taylor":
+        return rows
+    else:
+        weight = taylor_weights(begin, D, PF)
+        return rows * (weight * weight)[None, :]
+
+
+@triton.jit
+def dot_sum(
+    phi, rows, begin, FEATURES: tl.constexpr, D: tl.constexpr, PF: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[C]: phi [C, PF] times the sum of the rows."""
+    read_rows = read_sum(rows, begin, FEATURES, D, PF)
+    return tl.sum(product(phi, tl.trans(read_rows), OPERAND, PRECISION), 1)
+
+
+@triton.jit
+def times_sum(
+    column, rows, begin, FEATURES: tl.constexpr, D: tl.constexpr, PF: tl.constexpr,
+    C: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[C, PF]: column [C] times the sum of the rows."""
     repeated = tl.broadcast_to(column[:, None], [C, ROWS])
-    return product(repeated, rows, OPERAND, PRECISION)
+    return product(repeated, read_sum(rows, begin, FEATURES, D, PF), OPERAND, PRECISION)
 
 
 # --- decay

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from attn_ops.linear.triton_core import (
+    dot_sum,
     features,
     load_inputs,
     load_state,
@@ -20,7 +21,6 @@ from attn_ops.linear.triton_core import (
     place,
     product,
     read,
-    read_sum,
     since_begin,
     store_state,
     store_sum,
@@ -48,6 +48,8 @@ def forward_kernel(
     rate = None
     if decay is not None:
         rate = log2_of(decay, head)
+    # Sums come before the products, which take the registers, but with blocks, which do then.
+    LATE: tl.constexpr = BLOCKS > 1
     sums_keys: tl.constexpr = denominator is not None or final_sum is not None
     running = load_state(state, entry, 0, column, FEATURES, D, E, F, PF, PE, BLOCKS)
     if sums_keys:
@@ -60,37 +62,32 @@ def forward_kernel(
         x = load_inputs(q, batch, head, first, exists, 0, FEATURES, D, C, PD, False)
         if denominator is not None:
             total = tl.full([C], 0.0, tl.float32)
-            for i in tl.static_range(BLOCKS):
-                phi_q = features(x, exists, 0, i, FEATURES, D, PD, PF, OPERAND, PRECISION)
-                rows = read_sum(running_sum[i], i * PF, FEATURES, D, PF)
-                total += tl.sum(product(phi_q, tl.trans(rows), OPERAND, PRECISION), 1)
-            if rate is not None:
-                total *= what_was_left(rate, C)
-            total += eps
+            if not LATE:
+                phi_q = features(x, exists, 0, 0, FEATURES, D, PD, PF, OPERAND, PRECISION)
+                total += dot_sum(phi_q, running_sum[0], 0, FEATURES, D, PF, OPERAND, PRECISION)
+        weight = None
+        if rate is not None:
+            weight = what_is_left(rate, count, C)
         if k is not None:
             seen = exists
             if mask is not None:
                 seen = not_hidden(mask, batch, head, first, end, C)
             y = load_inputs(k, batch, kv_head, first, seen, 0, FEATURES, D, C, PD, mask is not None)
-            if sums_keys:
-                # Before the products, which take the registers.
-                weight = None
-                if rate is not None:
-                    weight = what_is_left(rate, count, C)
-                sums = ()
-                for i in tl.static_range(BLOCKS):
-                    phi_k = features(y, seen, 0, i, FEATURES, D, PD, PF, OPERAND, PRECISION)
-                    added = partial_sums(phi_k, weight, C, PF)
-                    sums = sums + (over(running_sum[i], rate, count) + added,)
-                running_sum = sums
+            if sums_keys and not LATE:
+                phi_k = features(y, seen, 0, 0, FEATURES, D, PD, PF, OPERAND, PRECISION)
+                added = partial_sums(phi_k, weight, FEATURES, C, PF, OPERAND, PRECISION)
+                running_sum = (over(running_sum[0], rate, count) + added,)
             values = load_tokens(v, batch, kv_head, first, exists, column, E, C, PE, False)
+        acc = tl.zeros([C, PE], tl.float32)
         for i in tl.static_range(BLOCKS):
             phi_q = features(x, exists, 0, i, FEATURES, D, PD, PF, OPERAND, PRECISION)
-            seen_state = read(running[i], i * PF, FEATURES, D, PF)
-            if i == 0:
-                acc = product(phi_q, seen_state, OPERAND, PRECISION)
-            else:
-                acc += product(phi_q, seen_state, OPERAND, PRECISION)
+            if denominator is not None and LATE:
+                total += dot_sum(phi_q, running_sum[i], i * PF, FEATURES, D, PF, OPERAND, PRECISION)
+            acc += product(phi_q, read(running[i], i * PF, FEATURES, D, PF), OPERAND, PRECISION)
+        if denominator is not None:
+            if rate is not None:
+                total *= what_was_left(rate, C)
+            total += eps
         acc = since_begin(acc, rate, C)
         if k is not None:
             phi_k = features(y, seen, 0, 0, FEATURES, D, PD, PF, OPERAND, PRECISION)
@@ -106,12 +103,17 @@ def forward_kernel(
         store_tokens(out, batch, head, first, end, column, acc, E, C, PE)
         if k is not None:
             kept = until_end(values, rate, count, C)
-            states = ()
+            states, sums = (), ()
             for i in tl.static_range(BLOCKS):
                 phi_k = features(y, seen, 0, i, FEATURES, D, PD, PF, OPERAND, PRECISION)
                 added = product(tl.trans(phi_k), kept, OPERAND, PRECISION)
                 states = states + (over(running[i], rate, count) + added,)
+                if sums_keys and LATE:
+                    added = partial_sums(phi_k, weight, FEATURES, C, PF, OPERAND, PRECISION)
+                    sums = sums + (over(running_sum[i], rate, count) + added,)
             running = states
+            if sums_keys and LATE:
+                running_sum = sums
     if final_state is not None:
         store_state(final_state, matrix, 0, column, running, FEATURES, D, E, F, PF, PE, BLOCKS)
     if final_sum is not None:

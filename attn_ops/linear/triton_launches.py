@@ -14,7 +14,8 @@ class Plan(NamedTuple):
     """A program takes `chunk` tokens at a time, and keeps a part of the state.
 
     That part is all features of so many value columns, or, where the result is as wide as the
-    features, so many features of all value columns.
+    features, so many features of all value columns. `sharing`: the stages where two programs share
+    a multiprocessor, whose shared memory should hold both.
     """
 
     chunk: int
@@ -22,6 +23,7 @@ class Plan(NamedTuple):
     features: int
     warps: int
     stages: int
+    sharing: int
 
 
 def plan(
@@ -33,6 +35,7 @@ def plan(
     described: bool,
     plain: bool,
     divided: bool,
+    decays: bool,
 ) -> Plan:
     """inputs, features, values: padded widths; taylor has more features than inputs.
 
@@ -44,21 +47,25 @@ def plan(
     large = shared_memory(query.device) >= 160 << 10
     if query.dtype != torch.bfloat16:  # operands of 32 bits
         if features > 128 or values > 128:
-            return Plan(16, 32, min(32, features), 8, 1)
-        return Plan(32, 32, min(32, features), 4, 1)
+            return Plan(16, 32, min(32, features), 8, 1, 1)
+        return Plan(32, 32, min(32, features), 4, 1, 1)
     if features > inputs:
-        return Plan(64, 64, features, 4, 2 if large else 1)
+        stages = 2 if large else 1
+        return Plan(64, 64, features, 4, stages, stages)
     if not hopper:
         wide = features > 128 or values > 128
-        return Plan(32, 32, 32, 8, 2) if wide else Plan(32, 64, 64, 4, 2)
+        return Plan(32, 32, 32, 8, 2, 2) if wide else Plan(32, 64, 64, 4, 2, 2)
     if features > 128 or values > 128:
-        return Plan(64, 64, 64, 4 if described else 8, 2 if large else 1)
+        stages = 2 if large else 1
+        return Plan(64, 64, 64, 4 if described else 8, stages, stages)
     # A state of 128 x 128 takes half of the registers, and only the plain marches have so many.
     # Those by features, which are of the backward, have them where nothing is divided.
     width = 128 if described and plain else 64
     rows = 64 if divided else width
-    stages = 4 if features <= 64 and values <= 64 else 3
-    return Plan(64, min(values, width), min(features, rows), 4, stages if large else 1)
+    narrow = features <= 64 and values <= 64
+    stages = 4 if narrow or (decays and not divided) else 3
+    stages, sharing = (stages, 2 if divided else stages) if large else (1, 1)
+    return Plan(64, min(values, width), min(features, rows), 4, stages, sharing)
 
 
 def processors(device: torch.device) -> int:
@@ -69,9 +76,8 @@ def processors(device: torch.device) -> int:
 
 
 def num_stages(plan: Plan, programs: int, parts: int, device: torch.device) -> int:
-    """Stages of a march: one less where two programs share a multiprocessor's shared memory."""
-    share = parts > 1 and programs > processors(device)
-    return max(1, plan.stages - share)
+    """Stages of a march."""
+    return plan.sharing if parts > 1 and programs > processors(device) else plan.stages
 
 
 def num_segments(programs: int, num_tokens: int, chunk: int, device: torch.device) -> int:

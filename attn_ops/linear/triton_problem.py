@@ -145,6 +145,7 @@ class Problem:
             self.described,
             plain,
             self.eps is not None,
+            decay is not None,
         )
 
     # --- what kernels take
@@ -211,11 +212,14 @@ class Problem:
         group = self.heads // max(1, kv_heads)
         return Walk(self.heads, group, parts, segments, of_segment, states, step, spread)
 
-    def launch(self, kernel: Any, walk: Walk, *args: Any, **constants: Any) -> None:
-        """One program per sequence, head, segment and part."""
+    def launch(
+        self, kernel: Any, walk: Walk, *args: Any, spared: int = 0, **constants: Any
+    ) -> None:
+        """One program per sequence, head, segment and part; `spared`: stages less than planned."""
         programs = self.sequences * self.heads * walk.segments * walk.parts
         if programs:
             stages = num_stages(self.plan, programs, walk.parts, self.query.device)
+            stages = max(1, stages - spared)
             kernel[(programs,)](
                 *args, walk, **constants, num_warps=self.plan.warps, num_stages=stages
             )

@@ -83,7 +83,7 @@ def segment_sums_kernel(
             added = product(tl.trans(phi), values, OPERAND, PRECISION)
             new_states = new_states + (over(running[j], rate, count) + added,)
             if sums is not None:
-                added = partial_sums(phi, weight, C, PF)
+                added = partial_sums(phi, weight, FEATURES, C, PF, OPERAND, PRECISION)
                 new_sums = new_sums + (over(running_sum[j], rate, count) + added,)
         running = new_states
         if sums is not None:

@@ -194,7 +194,7 @@ def test_kernels_of_cosine_sim_fit(
         (90, torch.bfloat16, 64, False, STACK),
         (90, torch.bfloat16, 128, False, STACK),
         (90, torch.bfloat16, 128, True, STACK),
-        (90, torch.bfloat16, 16, True, 1024),  # taylor, known to be slow
+        (90, torch.bfloat16, 16, True, 1280),  # taylor, known to be slow
         (90, torch.float32, 256, False, 4096),  # known to be slow
         (90, torch.float16, 128, True, STACK),
         (80, torch.bfloat16, 128, True, STACK),
@@ -218,7 +218,7 @@ def test_kernels_of_linear_fit(
     monkeypatch.setattr(triton_launches, "shared_memory", lambda device: SHARED_MEMORY[capability])
     launch_linear(dtype, width, with_terms)
     names = {name for name, _ in compiled}
-    assert len(names) == (8 if with_terms else 3), names
+    assert len(names) == (7 if with_terms else 3), names
     check(compiled, capability, stack)
 
 
