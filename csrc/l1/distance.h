@@ -11,26 +11,43 @@ ATTN_INLINE Vec<T> absolute(Vec<T> x) {
   return (Vec<T>)((Bits)x & ~(Bits)splat<T>(T(-0.0)));
 }
 
+// tile += |left - column| over Count consecutive elements of the width, whose terms are added up
+// first: as accurate as the sum of a Count-th as many.
+template <int Count, class T>
+ATTN_INLINE void add_distances(Tile<T>& tile, const T* left, const T* panel) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      Vec<T> terms[Count];
+#pragma GCC unroll 4
+      for (int i = 0; i < Count; ++i) {
+        terms[i] = absolute<T>(load(panel + i * kPanel<T> + v * Simd<T>::lanes) -
+                               splat<T>(left[r * kRowPitch + i]));
+      }
+#pragma GCC unroll 4
+      for (int half = Count / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+        for (int i = 0; i < half; ++i) terms[i] += terms[i + half];
+      }
+      tile.at[r][v] += terms[0];
+    }
+  }
+}
+
 // epilogue(tile) for the distances of rows at kRowPitch and the columns of a panel. A function of
 // its own: gcc then keeps the whole tile in registers.
 template <class T, class Epilogue>
 __attribute__((noinline)) void distances(const T* left, const T* panel, int64_t depth,
                                          const Epilogue& epilogue) {
+  constexpr int kStep = 4;
   Tile<T> tile;
   clear(tile);
-  for (int64_t d = 0; d < depth; ++d) {
-    Vec<T> right[kTileVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) right[v] = load(panel + v * Simd<T>::lanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; ++r) {
-      const Vec<T> x = splat<T>(left[r * kRowPitch]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) tile.at[r][v] += absolute<T>(right[v] - x);
-    }
-    ++left;
-    panel += kPanel<T>;
+  int64_t d = 0;
+  for (; d + kStep <= depth; d += kStep) {
+    add_distances<kStep>(tile, left + d, panel + d * kPanel<T>);
   }
+  for (; d < depth; ++d) add_distances<1>(tile, left + d, panel + d * kPanel<T>);
   epilogue(tile);
 }
 
