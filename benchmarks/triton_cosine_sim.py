@@ -2,8 +2,8 @@
 
 python -m benchmarks.triton_cosine_sim
 
-TFLOP/s of the private forward and backward ops (norms included), 16384 tokens, H*D = 2048,
-bfloat16; FLOP = 4*B*H*N*N*D forward, halved when causal, times 2.5 backward.
+TFLOP/s of the private forward and backward ops (norms included): bfloat16, 16384 tokens, H*D =
+2048; and float32, B4 H8. FLOP = 4*B*H*N*N*D forward, halved when causal, times 2.5 backward.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ import torch
 
 import attn_ops  # noqa: F401  registers torch.ops.attn
 from attn_ops.masks import UNBOUNDED
+from benchmarks.measure import time_once
 
 TOKENS, MODEL_WIDTH = 16384, 2048
-SHAPES = [(64, 512), (64, 1024), (64, 4096), (128, 512), (128, 1024), (128, 4096), (256, 4096)]
+LENGTHS = (512, 1024, 4096, 16384)
+SHAPES = [(width, length) for width in (64, 128) for length in LENGTHS] + [(256, 4096)]
 
 
 def milliseconds(function: Callable[[], Any]) -> float:
-    """The median time of a call, the L2 cache flushed before each."""
-    from triton.testing import do_bench
+    """The median time of a call on the device, the L2 cache flushed before each."""
+    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    times = sorted(1e3 * time_once(function, "cuda", flush) for _ in range(13))
+    return times[len(times) // 2]
 
-    return do_bench(function, warmup=10, rep=60, return_mode="median")
 
-
-def measure(width: int, length: int, causal: bool) -> None:
-    """Prints one line of the table."""
-    heads = MODEL_WIDTH // width
-    shape = (TOKENS // length, heads, length, width)
-    query, key, value, grad = (
-        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)
-    )
+def measure(shape: tuple[int, int, int, int], causal: bool, dtype: torch.dtype) -> None:
+    """Prints one line of the table; shape is [B, H, N, D]."""
+    batch, heads, length, width = shape
+    query, key, value, grad = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4))
     inputs = (query, key, value, *[None] * 9)
     options = (UNBOUNDED, 0 if causal else UNBOUNDED, 8.0, 1)
     out, lse = torch.ops.attn._cosine_sim_fwd(*inputs, *options)
@@ -43,8 +42,9 @@ def measure(width: int, length: int, causal: bool) -> None:
     backward = milliseconds(
         lambda: torch.ops.attn._cosine_sim_bwd(grad, None, *inputs, out, lse, *options, wanted)
     )
-    flops = 4 * TOKENS * length * MODEL_WIDTH / (2 if causal else 1)
+    flops = 4 * batch * heads * length**2 * width / (2 if causal else 1)
     name = f"D{width} N{length}{' causal' if causal else ''}"
+    name += " float32" if dtype == torch.float32 else ""
     rates = (flops / forward / 1e9, 2.5 * flops / backward / 1e9)
     print(
         f"{name:20s} forward {forward:7.3f} ms {rates[0]:5.0f} TFLOP/s"
@@ -59,7 +59,10 @@ def main() -> None:
     print(torch.__version__, torch.cuda.get_device_name())
     for width, length in SHAPES:
         for causal in (False, True):
-            measure(width, length, causal)
+            shape = (TOKENS // length, MODEL_WIDTH // width, length, width)
+            measure(shape, causal, torch.bfloat16)
+    for width in (64, 128):
+        measure((4, 8, 8192, width), False, torch.float32)
 
 
 if __name__ == "__main__":
