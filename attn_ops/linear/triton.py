@@ -76,7 +76,8 @@ def _like(state: Tensor, key_sum: Tensor) -> Sums:
 
 def _shaped(sums: Sums, state: Tensor, key_sum: Tensor) -> tuple[Tensor, ...]:
     """[S*H, ...] as state and key_sum are."""
-    return tuple(x.reshape(y.shape).contiguous() for x, y in zip(sums, (state, key_sum)))
+    pairs = zip(sums, (state, key_sum))
+    return tuple(x.reshape(y.shape).contiguous() for x, y in pairs if x is not None)
 
 
 def _walk(p: Problem, tiles: Tiles, length: int, before: Sums, spread: int = 0) -> Any:
@@ -100,7 +101,7 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
         return in_blocks.backward(*args)
     wanted = {name for name, wants in zip(in_blocks.GRADS, output_mask) if wants}
     with torch.cuda.device_of(p.query):
-        rows = _rows(grad_out, *args[11:13], grad_key_sum)
+        rows = _rows(grad_out, args[11], args[12], grad_key_sum)
         grads: dict[str, Tensor] = {}
         if "query" in wanted:
             grads["query"] = _grad_query(p, rows)

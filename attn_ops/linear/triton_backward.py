@@ -4,37 +4,44 @@ They know no denominator: with g = grad_out / denominator the gradient of what w
 what it was divided by, every product of v and g is one of (v, 1) and (g, d).
 """
 
+# mypy: disable-error-code="assignment"
+# since tuples of tiles grow as a loop over blocks is unrolled.
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from attn_ops.linear.triton_core import (
-    features,
-    load_inputs,
     load_per_token,
-    load_state,
-    load_sum,
     load_tokens,
     log2_of,
     not_hidden,
     over,
-    pair_scores,
     pair_weights,
-    partial_sums,
     place,
     product,
-    read,
     since_begin,
-    store_state,
-    store_sum,
     store_tokens,
-    through_features,
-    through_pairs,
-    times_sum,
     until_end,
     what_is_left,
     what_was_left,
+)
+from attn_ops.linear.triton_features import (
+    features,
+    load_inputs,
+    pair_scores,
+    through_features,
+    through_pairs,
+)
+from attn_ops.linear.triton_state import (
+    load_state,
+    load_sum,
+    partial_sums,
+    read,
+    store_state,
+    store_sum,
+    times_sum,
 )
 
 

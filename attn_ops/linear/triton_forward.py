@@ -1,33 +1,40 @@
 """The forward march: out = (phi(q) S + scores v) / denominator, S the state before the chunk."""
 
+# mypy: disable-error-code="assignment"
+# since tuples of tiles grow as a loop over blocks is unrolled.
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from attn_ops.linear.triton_core import (
-    dot_sum,
-    features,
-    load_inputs,
-    load_state,
-    load_sum,
     load_tokens,
     log2_of,
     not_hidden,
     over,
-    pair_scores,
     pair_weights,
-    partial_sums,
     place,
     product,
-    read,
     since_begin,
-    store_state,
-    store_sum,
     store_tokens,
     until_end,
     what_is_left,
     what_was_left,
+)
+from attn_ops.linear.triton_features import (
+    features,
+    load_inputs,
+    pair_scores,
+)
+from attn_ops.linear.triton_state import (
+    dot_sum,
+    load_state,
+    load_sum,
+    partial_sums,
+    read,
+    store_state,
+    store_sum,
 )
 
 

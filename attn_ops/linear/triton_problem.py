@@ -19,7 +19,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from attn_ops._triton.launch import dot_precision
 from attn_ops._triton.tiles import padded, strided
 from attn_ops.feature_maps import num_features
-from attn_ops.linear.triton_core import KeyMask, Walk
+from attn_ops.linear.triton_core import (
+    KeyMask,
+    Walk,
+)
 from attn_ops.linear.triton_launches import halves_suffice, num_segments, num_stages, plan
 from attn_ops.linear.triton_sums import scan_kernel, segment_sums_kernel
 

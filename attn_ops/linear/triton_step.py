@@ -13,7 +13,11 @@ from torch import Tensor
 from attn_ops._triton.tiles import strided
 from attn_ops.feature_maps import num_features
 from attn_ops.linear import in_blocks
-from attn_ops.linear.triton_core import elementwise, taylor_pairs, taylor_weights
+from attn_ops.linear.triton_features import (
+    elementwise,
+    taylor_pairs,
+    taylor_weights,
+)
 
 
 @triton.jit

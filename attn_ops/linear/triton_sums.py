@@ -1,29 +1,36 @@
 """Sums over segments, and what of them each segment sees of those before it."""
 
+# mypy: disable-error-code="assignment"
+# since tuples of tiles grow as a loop over blocks is unrolled.
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from attn_ops.linear.triton_core import (
-    features,
-    load_inputs,
     load_per_token,
-    load_state,
-    load_sum,
     load_tokens,
     log2_of,
     not_hidden,
     over,
-    partial_sums,
     place,
     product,
     since_begin,
-    store_state,
-    store_sum,
     until_end,
     what_is_left,
     what_was_left,
+)
+from attn_ops.linear.triton_features import (
+    features,
+    load_inputs,
+)
+from attn_ops.linear.triton_state import (
+    load_state,
+    load_sum,
+    partial_sums,
+    store_state,
+    store_sum,
 )
 
 
