@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_ops._checks import check_number, check_tensor
+from attn_ops._checks import check_bool, check_number, check_tensor
 
 
 def linear_attention(
@@ -73,7 +73,7 @@ def linear_attention(
         check_tensor(op, name, tensor)
     check_tensor(op, "mask", mask, optional=True)
     check_tensor(op, "cu_seqlens", cu_seqlens, optional=True)
-    _check_bool(op, "causal", causal)
+    check_bool(op, "causal", causal)
     return torch.ops.attn.linear(
         query, key, value, mask=mask, causal=causal, cu_seqlens=cu_seqlens, **options
     )
@@ -156,16 +156,11 @@ def linear_attention_step(
     return torch.ops.attn.linear_step(query, key, value, state, key_sum, **options)
 
 
-def _check_bool(op: str, argument: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{op}: {argument} must be a bool, got {type(value).__name__}")
-
-
 def _options(
     op: str, normalize: bool, eps: float | None, decay: Tensor | None, feature_map: str
 ) -> dict[str, Any]:
     """What the op's schema would refuse as a RuntimeError, or would read off a tensor."""
-    _check_bool(op, "normalize", normalize)
+    check_bool(op, "normalize", normalize)
     check_tensor(op, "decay", decay, optional=True)
     if not isinstance(feature_map, str):
         raise TypeError(f"{op}: feature_map must be a str, got {type(feature_map).__name__}")

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from attn_ops._heads import per_kv_head
+from attn_ops._triton.descriptors import describable
 from attn_ops._triton.tiles import strided
 from attn_ops.linear import in_blocks
 from attn_ops.linear.triton_backward import (
@@ -25,7 +26,7 @@ from attn_ops.linear.triton_backward import (
     rows_kernel,
 )
 from attn_ops.linear.triton_forward import forward_kernel
-from attn_ops.linear.triton_problem import MAX_FEATURES, Problem, Sums, Tiles, Weights, describable
+from attn_ops.linear.triton_problem import MAX_FEATURES, Problem, Sums, Tiles, Weights
 from attn_ops.linear.triton_step import step
 
 __all__ = ["backward", "forward", "step"]

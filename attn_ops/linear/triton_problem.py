@@ -6,7 +6,6 @@ F features, E value width, S packed sequences, G segments of a sequence, C token
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from attn_ops._triton import descriptors
 from attn_ops._triton.launch import dot_precision
 from attn_ops._triton.tiles import padded, strided
 from attn_ops.feature_maps import num_features
@@ -27,38 +26,6 @@ from attn_ops.linear.triton_launches import halves_suffice, num_segments, num_st
 from attn_ops.linear.triton_sums import scan_kernel, segment_sums_kernel
 
 MAX_FEATURES = 256  # beyond, a state's rows do not fit a program's registers
-
-
-def has_descriptors(device: torch.device) -> bool:
-    """Whether the device fetches tiles by descriptors: Hopper and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def describable(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor can express these strides."""
-    aligned = 16 // tensor.element_size()
-    strides = [s for size, s in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
-    return (
-        tensor.numel() > 0
-        and tensor.stride(-1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(stride > 0 and stride % aligned == 0 for stride in strides)
-        and max(tensor.shape) < 1 << 31
-    )
-
-
-_bound = threading.local()
-
-
-def bind_context(device: torch.device) -> None:
-    """Gives this thread a CUDA context, once.
-
-    Descriptors are encoded by the driver, which does not do that, and the backward runs in threads
-    of autograd's in which nothing else may have been launched yet.
-    """
-    if device.type == "cuda" and device not in _bound.__dict__.setdefault("devices", set()):
-        torch.zeros(1, device=device)
-        _bound.devices.add(device)
 
 
 class Sums(NamedTuple):
@@ -118,14 +85,16 @@ class Problem:
         self.decay = None if decay is None else decay.contiguous()
         # Tiles are read from the end of one packed sequence to the next: never by descriptors.
         self.described = (
-            has_descriptors(self.query.device)
+            descriptors.has_descriptors(self.query.device)
             and self.offsets is None
-            and all(describable(x) for x in (self.query, self.key, self.value, *tensors))
+            and all(
+                descriptors.describable(x) for x in (self.query, self.key, self.value, *tensors)
+            )
             and self.width * self.query.element_size() % 16 == 0
             and self.value_width * self.query.element_size() % 16 == 0
         )
         if self.described:
-            bind_context(self.query.device)
+            descriptors.bind_context(self.query.device)
         extended = self.width + (self.feature_map == "taylor")
         # What tiles become before they are multiplied: a float16 loses nothing in tf32.
         bfloat16 = self.query.dtype == torch.bfloat16
@@ -144,7 +113,7 @@ class Problem:
             self.padded_input,
             self.padded_features * self.blocks,
             self.padded_value,
-            has_descriptors(self.query.device),
+            descriptors.has_descriptors(self.query.device),
             self.described,
             plain,
             self.eps is not None,
@@ -173,10 +142,7 @@ class Problem:
             return None
         if not self.described:
             return strided(tensor)
-        # A dimension of size 1 may have any stride, also one that a descriptor refuses.
-        strides = [s if n > 1 else 16 for n, s in zip(tensor.shape[:-1], tensor.stride())]
-        block = [1, 1, self.plan.chunk, width]
-        return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block)
+        return descriptors.descriptor(tensor, self.plan.chunk, width)
 
     def constants(self, length: int) -> dict[str, Any]:
         """The constants of a kernel that walks sequences of this many tokens."""

@@ -85,9 +85,9 @@ def test_tiles_by_descriptors_agree_with_the_formula(
     name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On Hopper tiles come through tensor descriptors, elsewhere through pointers."""
-    from attn_ops.linear import triton_problem
+    from attn_ops._triton import descriptors
 
-    monkeypatch.setattr(triton_problem, "has_descriptors", lambda device: True)
+    monkeypatch.setattr(descriptors, "has_descriptors", lambda device: True)
     assert_agrees(LINEAR, CHUNKS[name].but(strides="transposed"), torch.float32, device)
 
 

@@ -212,8 +212,7 @@ def test_kernels_of_linear_fit(
 ) -> None:
     from attn_ops.linear import triton_launches, triton_problem
 
-    described, segments = capability >= 90, 4 if with_terms else 1
-    monkeypatch.setattr(triton_problem, "has_descriptors", lambda device: described)
+    segments = 4 if with_terms else 1
     monkeypatch.setattr(triton_problem, "num_segments", lambda *sizes: segments)
     monkeypatch.setattr(triton_launches, "shared_memory", lambda device: SHARED_MEMORY[capability])
     launch_linear(dtype, width, with_terms)
