@@ -21,6 +21,7 @@ GPU_TESTS ?= $(wildcard tests/conformance tests/cosine_sim tests/l1 tests/linear
 
 TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,,$(TORCH)))
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE_EXTRA := $(wildcard compile_examples/*/*.cpp tests/cuda/*.h)
 BUILD_INPUTS := pyproject.toml setup.py $(NATIVE) $(wildcard attn_ops/*/schemas.txt)
 
 .NOTPARALLEL:
@@ -36,13 +37,13 @@ test: lint compile-elsewhere
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE) $(NATIVE_EXTRA)
 	$(RUN) -m mypy
 
 format: $(VENV)/.installed-dev
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i $(NATIVE)
+	$(VENV)/bin/clang-format -i $(NATIVE) $(NATIVE_EXTRA)
 
 # CUDA, arm64 and clang, each where its compiler is installed; nothing is run.
 compile-elsewhere: $(VENV)/.installed-dev

@@ -21,6 +21,9 @@ PACKAGE = Path(__file__).parent
 NATIVE_LIBRARY = PACKAGE / "lib" / "libattn_ops.so"
 CUDA_LIBRARY = PACKAGE / "lib" / "libattn_ops_cuda.so"
 
+# A room is a folder with the schemas of its ops.
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/schemas.txt"))
+
 loaded_libraries: list[str] = []
 library_error: str | None = None
 
@@ -31,6 +34,12 @@ _library = torch.library.Library("attn", "FRAGMENT")
 def schemas(room: str) -> list[str]:
     """The schema lines of a room."""
     return (PACKAGE / room / "schemas.txt").read_text().splitlines()
+
+
+def private_ops(room: str) -> list[str]:
+    """The ops of a room that kernels are registered for: `_cosine_sim_fwd` and so on."""
+    names = [schema.partition("(")[0] for schema in schemas(room)]
+    return [name for name in names if name.startswith("_")]
 
 
 def _load_native_library() -> str | None:

@@ -10,9 +10,7 @@ from importlib.util import find_spec
 import torch
 
 import attn_ops
-from attn_ops import _library
-
-ROOMS = sorted(path.parent.name for path in _library.PACKAGE.glob("*/schemas.txt"))
+from attn_ops import _autograd, _late, _library
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,11 @@ def gpu() -> str:
     return f"{torch.cuda.get_device_name()} (sm_{major}{minor}), CUDA {torch.version.cuda}"
 
 
-def private_ops(room: str) -> list[str]:
-    """The ops of a room that kernels are registered for: `_cosine_sim_fwd` and so on."""
-    names = [schema.partition("(")[0] for schema in _library.schemas(room)]
-    return [name for name in names if name.startswith("_")]
-
-
 def serving_cpu(room: str) -> Serving:
     """C++ where the native library has kernels for the room."""
     native = bool(_library.loaded_libraries) and any(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"attn::{op}", "CPU")
-        for op in private_ops(room)
+        for op in _library.private_ops(room)
     )
     if native:
         return Serving(room, "cpu", "C++")
@@ -86,7 +78,7 @@ def serving_cuda(room: str) -> Serving:
 
 def servings() -> list[Serving]:
     """One line per room and device."""
-    return [serving(room) for room in ROOMS for serving in (serving_cpu, serving_cuda)]
+    return [serving(room) for room in _library.ROOMS for serving in (serving_cpu, serving_cuda)]
 
 
 def report() -> str:
@@ -101,6 +93,9 @@ def report() -> str:
         "GPU": gpu(),
         "Triton": triton or "not installed (CUDA builds of torch bring it)",
     }
+    # Private names of PyTorch that this release of it does not have, and what falls back.
+    facts |= {"forward AD": _autograd.unavailable} if _autograd.unavailable else {}
+    facts |= {part.removeprefix("torch."): why for part, why in _late.errors.items()}
     lines = [f"{name:<10} {fact}" for name, fact in facts.items()]
     lines += ["", f"{'op':<12} {'device':<7} kernel"]
     for one in servings():

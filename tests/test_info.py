@@ -31,7 +31,7 @@ def has_kernels(room: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(overload, "CPU")
 
 
-@pytest.mark.parametrize("room", info.ROOMS)
+@pytest.mark.parametrize("room", _library.ROOMS)
 def test_cpu_line_agrees_with_what_was_loaded(room: str) -> None:
     one = info.serving_cpu(room)
     assert one.kernel == ("C++" if has_kernels(room) else "reference")
@@ -43,7 +43,7 @@ def test_a_library_that_is_loaded_serves_the_first_room() -> None:
     assert has_kernels("cosine_sim") == bool(_library.loaded_libraries)
 
 
-@pytest.mark.parametrize("room", info.ROOMS)
+@pytest.mark.parametrize("room", _library.ROOMS)
 def test_missing_triton_is_named(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "find_spec", lambda name: None)
     one = info.serving_cuda(room)
@@ -65,7 +65,7 @@ def run(program: str, **environment: str) -> str:
 
 def test_runs_as_a_program() -> None:
     text = run("-m attn_ops.info")
-    assert all(room in text for room in info.ROOMS)
+    assert all(room in text for room in _library.ROOMS)
 
 
 def test_without_the_native_library_the_reason_is_given() -> None:

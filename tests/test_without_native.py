@@ -6,7 +6,7 @@ import sys
 
 SETUP = """
 import torch, attn_ops
-from attn_ops import _library, info
+from attn_ops import _library
 from tests.conformance.evaluate import DTYPES, assert_agrees
 from tests.conformance.spec import all_specs
 assert not _library.loaded_libraries, _library.loaded_libraries
@@ -21,7 +21,7 @@ for spec in all_specs():
 """
 
 SCHEMAS = """
-for room in info.ROOMS:
+for room in _library.ROOMS:
     for line in _library.schemas(room):
         schema = getattr(torch.ops.attn, line.split("(")[0]).default._schema
         assert str(schema) == str(torch._C.parse_schema(f"attn::{line}"))

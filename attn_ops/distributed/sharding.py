@@ -22,7 +22,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, RuntimeSchemaInfo
 from torch.distributed.tensor._ops.utils import generate_redistribute_costs
 
-from attn_ops import info
+from attn_ops import _library
 
 NOT_AT_ALL, BATCH, HEADS, GROUPS = "not at all", "batch", "heads", "groups"
 Axes = tuple[str, ...]  # one per dimension of the mesh
@@ -162,6 +162,6 @@ def register() -> None:
     # Every argument is a part of the cache's key, from the first on: by default bools, floats and
     # which of the tensors are None would not be, and a call would reuse the answer to another one.
     key = RuntimeSchemaInfo(static_argnum=0, needs_pytree=True)
-    for room in info.ROOMS:
-        for op in info.private_ops(room):
+    for room in _library.ROOMS:
+        for op in _library.private_ops(room):
             propagator.register_op_strategy(getattr(torch.ops.attn, op).default, _strategy, key)

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import attn_ops
-from attn_ops import _flops, _library, info, masks
+from attn_ops import _flops, _library, masks
 from tests.conformance.evaluate import scalar
 from tests.conformance.spec import OpSpec
 
@@ -138,7 +138,7 @@ def test_step_is_counted_as_by_hand(device: torch.device) -> None:
 
 
 def test_every_private_op_has_a_law() -> None:
-    lines = [line for room in info.ROOMS for line in _library.schemas(room)]
+    lines = [line for room in _library.ROOMS for line in _library.schemas(room)]
     private = {name for line in lines if (name := line.partition("(")[0]).startswith("_")}
     assert private <= _flops.LAWS.keys()
     assert all(getattr(torch.ops.attn, op) in flop_registry for op in private)
