@@ -71,10 +71,22 @@ def biased(score: Tensor, args: dict[str, Any]) -> Tensor:
     return score.masked_fill(~visible(args), -torch.inf)
 
 
+def of_query_heads(x: Tensor, args: dict[str, Any]) -> Tensor:
+    """Every query head gets the key head that it reads; there may be none of either."""
+    heads, kv_heads = args["query"].shape[1], args["key"].shape[1]
+    return x.repeat_interleave(heads // max(1, kv_heads), dim=1)
+
+
+def of_key_heads(x: Tensor, args: dict[str, Any]) -> Tensor:
+    """Sums over the query heads that share a key head."""
+    kv_heads = args["key"].shape[1]
+    return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2)
+
+
 def attention(scores: Scores, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(out, lse) of the public op's arguments."""
     args = rank4(arguments)
-    value = args["value"].repeat_interleave(args["query"].shape[1] // args["key"].shape[1], dim=1)
+    value = of_query_heads(args["value"], args)
     score = biased(scores(args), args)
     if args.get("sink") is not None:
         sink = args["sink"][:, None, None].expand(*score.shape[:3], 1)
@@ -89,11 +101,6 @@ def attention(scores: Scores, arguments: dict[str, Any]) -> tuple[Tensor, Tensor
     return (out.squeeze(1), lse.squeeze(1)) if merged else (out, lse)
 
 
-def of_key_heads(x: Tensor, args: dict[str, Any]) -> Tensor:
-    """Sums over the query heads that share a key head."""
-    return x.unflatten(1, (args["key"].shape[1], -1)).sum(2)
-
-
 @torch.no_grad()
 def squares(
     scores: Scores, arguments: dict[str, Any], grad_out: Tensor, grad_lse: Tensor
@@ -106,11 +113,11 @@ def squares(
     """
     args = rank4(arguments)
     batch, heads, m, _ = args["query"].shape
-    kv_heads, n = args["key"].shape[1:3]
+    n = args["key"].shape[2]
     lse = attention(scores, arguments)[1].reshape(batch, heads, m)
     finite = torch.where(lse.isinf(), 0, lse)
     weight = (2 * (biased(scores(args), args) - finite.unsqueeze(-1))).exp()  # [B, H, M, N]
-    value = args["value"].square().repeat_interleave(heads // kv_heads, dim=1)
+    value = of_query_heads(args["value"].square(), args)
     grad_out = grad_out.square().reshape(batch, heads, m, value.shape[-1])
     grad_weight = grad_out @ value.mT
     delta = (weight * grad_weight).sum(-1) + grad_lse.square().reshape(batch, heads, m)

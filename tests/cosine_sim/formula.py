@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.softmax import attention, largest_roots, largest_score, of_key_heads, rank4, squares
+from tests.softmax import (
+    attention,
+    largest_roots,
+    largest_score,
+    of_key_heads,
+    of_query_heads,
+    rank4,
+    squares,
+)
 
 
 def unit(x: Tensor, groups: int) -> Tensor:
@@ -29,7 +37,7 @@ def scores(args: dict[str, Any]) -> Tensor:
         query = query * torch.atleast_2d(args["query_gain"])[:, None, :]
     if args.get("key_gain") is not None:
         key = key * torch.atleast_2d(args["key_gain"])[:, None, :]
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    key = of_query_heads(key, args)
     dtype = torch.promote_types(query.dtype, key.dtype)
     score = args.get("scale", 8.0) * (query.to(dtype) @ key.to(dtype).mT)
     return score if args.get("head_scale") is None else score * args["head_scale"][:, None, None]
@@ -68,7 +76,7 @@ def magnitudes(
     per_head = args.get("head_scale")
     per_head = q.new_ones(1, 1, 1) if per_head is None else per_head.square()[:, None, None]
     scale = args.get("scale", 8.0) ** 2
-    raw_u = grad_score @ (k * k_gain).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    raw_u = grad_score @ of_query_heads(k * k_gain, args)
     u = scale * per_head * raw_u
     w = of_key_heads((scale * per_head * grad_score).mT @ (q * q_gain), args)
     terms |= {

@@ -9,13 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.softmax import attention, largest_roots, largest_score, of_key_heads, rank4, squares
+from tests.softmax import (
+    attention,
+    largest_roots,
+    largest_score,
+    of_key_heads,
+    of_query_heads,
+    rank4,
+    squares,
+)
 
 
 def scores(args: dict[str, Any]) -> Tensor:
     """[B, H, M, N]: -dist or 1 / (eps + dist), before any bias, of arguments of rank 4."""
     query, key = args["query"], args["key"]
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    key = of_query_heads(key, args)
     scale = args.get("scale", query.shape[3] ** -0.5)
     dist = scale * (query.unsqueeze(3) - key.unsqueeze(2)).abs().sum(-1)
     return -dist if args.get("score", "negative") == "negative" else 1 / (args["eps"] + dist)

@@ -39,6 +39,8 @@ INVERSES = {
     "grouped heads": LAYOUTS["grouped heads"].but(options=INVERSE),
 }
 EVERYTHING = {"everything": SOFTMAX_LIKE["everything"].but(options=INVERSE)}
+# Zero is a multiple of zero.
+NO_HEADS = Case(heads=0, kv_heads=0)
 
 L1 = OpSpec(
     name="l1",
@@ -54,6 +56,7 @@ L1 = OpSpec(
     differentiable=("query", "key", "value", "bias", "relative_bias", "sink"),
     cases=SOFTMAX_LIKE | INVERSES | EVERYTHING,
     long=SOFTMAX_LIKE_LONG,
+    examples=(NO_HEADS,),
 )
 SCORES = OpSpec(
     name="l1_scores",
@@ -71,5 +74,6 @@ SCORES = OpSpec(
     differentiable=("query", "key"),
     cases=LAYOUTS | INVERSES | EVERYTHING,
     long=None,
+    examples=(NO_HEADS,),
 )
 SPECS = (L1, SCORES, SPARSE)
