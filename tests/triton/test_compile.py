@@ -144,7 +144,7 @@ def launch_l1_sparse(dtype: torch.dtype, width: int, with_terms: bool) -> None:
     key, value = (key, value) if with_terms else (query, query)
     sizes = (tokens + 1, count, tokens + 1, count, count)
     lists = [empty(size, dtype=torch.int64) for size in sizes]
-    arguments = (query, key, value, value if with_terms else None, *lists)
+    arguments: tuple[Any, ...] = (query, key, value, value if with_terms else None, *lists)
     options = (with_terms, True, 0.125)  # without softmax, or with it
     out, weight = triton_sparse.forward(*arguments, *options)
     grad_out = empty(*out.shape, dtype=dtype)
