@@ -145,11 +145,12 @@ def launch_l1_sparse(dtype: torch.dtype, width: int, with_terms: bool) -> None:
     sizes = (tokens + 1, count, tokens + 1, count, count)
     lists = [empty(size, dtype=torch.int64) for size in sizes]
     arguments: tuple[Any, ...] = (query, key, value, value if with_terms else None, *lists)
-    options = (with_terms, True, 0.125)  # without softmax, or with it
+    options: tuple[Any, ...] = (with_terms, True, 0.125)  # without softmax, or with it
     out, weight = triton_sparse.forward(*arguments, *options)
     grad_out = empty(*out.shape, dtype=dtype)
     wanted = [True] * 3 + [with_terms]
-    triton_sparse.backward(grad_out, *arguments, weight, *options, wanted)
+    everything: tuple[Any, ...] = (grad_out, *arguments, weight, *options, wanted)
+    triton_sparse.backward(*everything)
 
 
 def check(compiled: list[tuple[str, Any]], capability: int, most: int = STACK) -> None:
