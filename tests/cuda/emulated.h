@@ -510,6 +510,10 @@ void copies_wait() {
 inline void atomic_add(float* to, float x) {
   *to += x;
 }
+inline void atomic_add4(float* to, float4 x) {
+  emulator::check_aligned(to, 16);
+  to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w;
+}
 inline int atomic_add(int* to, int x) {
   const int old = *to;
   *to += x;

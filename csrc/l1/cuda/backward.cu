@@ -1,4 +1,5 @@
 // attn::_l1_bwd_cuda and attn::_l1_scores_bwd_cuda: shapes in, the kernels of backward*.cuh.
+// `ordered`: the same result every time (torch.use_deterministic_algorithms).
 #include "l1/cuda/backward.cuh"
 
 #include <tuple>
@@ -66,7 +67,7 @@ void launch_backward(const Device& device, const Tensor& query, const Problem& p
     const int64_t floats_of_head = group * p.M * p.D;
     const int64_t most = std::clamp<int64_t>(kScratchBytes / 4 / floats_of_head, 1, heads);
     chunk = tiles_of(heads, tiles_of(heads, most));
-    sums = new_empty(query, {chunk * floats_of_head}, ScalarType::Float);
+    sums = new_zeros(query, {chunk * floats_of_head}, ScalarType::Float);
     g.query_sums = floats(*sums);
   }
   const int64_t launches = tiles_of(heads, chunk);
@@ -84,6 +85,10 @@ void launch_backward(const Device& device, const Tensor& query, const Problem& p
     launch(device, "l1: backward", kernel, dim3(grid_size(blocks)), P::kThreads,
            BackwardMemory<T, P>::kBytes, p, g);
     ++g.ticket;
+    if (!sums.has_value() || g.ordered) continue;
+    const int64_t rows = group * p.M * p.D, count = std::min(chunk, heads - first) * rows;
+    launch(device, "l1: rounding", &round_kernel<T>, dim3(grid_size(tiles_of(count, kRowThreads))),
+           kRowThreads, 0, g.query_sums, count, static_cast<T*>(g.query) + first * rows);
   }
 }
 
@@ -186,7 +191,7 @@ Six backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tenso
              const OptionalTensor& bias, const OptionalTensor& relative_bias,
              const OptionalTensor& sink, const OptionalTensor& start, const OptionalTensor& stop,
              const Tensor& out, const Tensor& lse, int64_t left, int64_t right, double scale,
-             std::optional<double> eps, std::vector<bool> output_mask) {
+             std::optional<double> eps, std::vector<bool> output_mask, bool ordered) {
   Problem p = make_problem(
       {query, key, value, mask, bias, relative_bias, sink, start, stop, left, right, scale, eps});
   check_results(p, query, grad_out, grad_lse, out, lse, output_mask);
@@ -204,6 +209,7 @@ Six backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tenso
   }
   const Device device(query);
   Gradients g{};
+  g.ordered = ordered;
   g.grad_out = array(grad_out);
   g.aligned = in_sixteens(query) && in_sixteens(key) && in_sixteens(value) && in_sixteens(grad_out);
   const Tensor rows = row_pass(device, query, p, g, grad_lse);
@@ -233,7 +239,7 @@ Six backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tenso
 
 std::tuple<Tensor, Tensor> scores_backward(const Tensor& grad, const Tensor& query,
                                            const Tensor& key, double scale,
-                                           std::vector<bool> output_mask) {
+                                           std::vector<bool> output_mask, bool ordered) {
   check_query_key_value("l1_scores", query, key, key);
   STD_TORCH_CHECK(output_mask.size() == 2, "l1_scores: output_mask must have 2 elements, got ",
                   output_mask.size());
@@ -252,6 +258,7 @@ std::tuple<Tensor, Tensor> scores_backward(const Tensor& grad, const Tensor& que
   const Device device(query);
   const OptionalTensor largest = find_largest(device, query, p);
   Gradients g{};
+  g.ordered = ordered;
   g.grad_scores = array(grad);
   g.grad_scores_is_float = grad.scalar_type() == ScalarType::Float;
   g.aligned = in_sixteens(query) && in_sixteens(key);
@@ -268,11 +275,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
       "_l1_bwd_cuda(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor? mask, Tensor? bias, Tensor? relative_bias, Tensor? sink, Tensor? start, "
       "Tensor? stop, Tensor out, Tensor lse, SymInt left, SymInt right, float scale, float? eps, "
-      "bool[] output_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+      "bool[] output_mask, bool ordered=False) -> (Tensor grad_query, Tensor grad_key, "
+      "Tensor grad_value, "
       "Tensor grad_bias, Tensor grad_relative_bias, Tensor grad_sink)");
   m.def(
       "_l1_scores_bwd_cuda(Tensor grad, Tensor query, Tensor key, float scale, "
-      "bool[] output_mask) -> (Tensor grad_query, Tensor grad_key)");
+      "bool[] output_mask, bool ordered=False) -> (Tensor grad_query, Tensor grad_key)");
 }
 STABLE_TORCH_LIBRARY_IMPL(attn, ATTN_DISPATCH_KEY, m) {
   m.impl("_l1_bwd_cuda", TORCH_BOX(&backward));

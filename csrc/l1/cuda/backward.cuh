@@ -1,9 +1,10 @@
 // The backward of L1 attention: a block owns a tile of keys of one batch and key/value head, with
 // their gradients in shared memory, and goes over the queries of the group's heads that see them.
 //
-// The gradient of a tile of queries is a sum over blocks, made in the order of the key tiles: block
-// j adds after the flag of the query tile says that those before it have (deterministic). Blocks
-// take their tile from a counter, so that whoever is waited for has started earlier.
+// The gradient of a tile of queries is a sum over blocks, by atomic additions, or (`ordered`, for
+// torch.use_deterministic_algorithms) in the order of the key tiles: block j adds after the flag of
+// the query tile says that those before it have. Blocks take their tile from a counter, so that
+// whoever is waited for has started earlier. The waiting is a quarter of the time.
 #pragma once
 
 #include "l1/cuda/backward_tile.cuh"
@@ -294,31 +295,43 @@ class KeyTile {
     }
   }
 
-  // The tile's gradient of its queries joins that of the key tiles before; the last one stores it.
+  // The tile's gradient of its queries joins that of other key tiles, in their order if that is
+  // wanted: the one after `rank` others waits for them, the last one stores the result.
   ATTN_DEVICE void add_queries(int h, int tile, int rank, bool last) {
-    const int group = p_.H / p_.Hk;
+    const int group = p_.H / p_.Hk, first = tile * P::kQueries;
     const int64_t head = int64_t{b_} * p_.H + h;
+    float* sums = g_.query_sums + ((head - int64_t{g_.first_head} * group) * p_.M + first) * p_.D;
+    const int queries = p_.M - first < P::kQueries ? p_.M - first : P::kQueries;
+    if (!g_.ordered) {
+      add_tile<false>(queries, true, sums, nullptr);
+      __syncthreads();
+      return;
+    }
     int* flag = g_.flags + head * ((p_.M + P::kQueries - 1) / P::kQueries) + tile;
     if (rank > 0 && threadIdx.x == 0) {
       while (load_acquire(flag) < rank) {
       }
     }
     __syncthreads();
-    const int first = tile * P::kQueries;
-    float* sums = g_.query_sums + ((head - int64_t{g_.first_head} * group) * p_.M + first) * p_.D;
     T* out = static_cast<T*>(g_.query) + (head * p_.M + first) * p_.D;
-    const int queries = p_.M - first < P::kQueries ? p_.M - first : P::kQueries;
-    if (!kGeneral || p_.D % 4 == 0) {
-      add_fours(queries, rank > 0, sums, last ? out : nullptr);
-    } else {
-      add_ones(queries, rank > 0, sums, last ? out : nullptr);
-    }
+    add_tile<true>(queries, rank > 0, sums, last ? out : nullptr);
     __syncthreads();
     if (threadIdx.x == 0) store_release(flag, rank + 1);
   }
 
   // `sums` (if there are any yet) plus this tile's gradient of queries, to `out`, or if it is null
-  // to `sums`. Four widths at a time: a warp has 16 queries x 8 widths, sectors and no bank twice.
+  // to `sums`, by atomic additions if others add meanwhile.
+  template <bool kAlone>
+  ATTN_DEVICE void add_tile(int queries, bool add, float* sums, T* out) const {
+    if (!kGeneral || p_.D % 4 == 0) {
+      add_fours<kAlone>(queries, add, sums, out);
+    } else {
+      add_ones<kAlone>(queries, add, sums, out);
+    }
+  }
+
+  // Four widths at a time: a warp has 16 queries x 8 widths, sectors and no bank twice.
+  template <bool kAlone>
   ATTN_DEVICE void add_fours(int queries, bool add, float* sums, T* out) const {
     constexpr int kRows = P::kQueries / 16, kGroups = kRows * (kWidth / 8) / P::kWarps;
     const int lane = threadIdx.x % 32;
@@ -331,7 +344,7 @@ class KeyTile {
         const int of = (k + i) * P::kWarps + warp();
         const int m = of % kRows * 16 + lane % 16, d = of / kRows * 8 + lane / 16 * 4;
         sum[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (add && m < queries && d < p_.D) sum[i] = load4(sums + m * p_.D + d);
+        if (kAlone && add && m < queries && d < p_.D) sum[i] = load4(sums + m * p_.D + d);
       }
       ATTN_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -342,7 +355,9 @@ class KeyTile {
         sum[i].y += own[P::row_of(d + 1) * P::kQueryPitch + m];
         sum[i].z += own[P::row_of(d + 2) * P::kQueryPitch + m];
         sum[i].w += own[P::row_of(d + 3) * P::kQueryPitch + m];
-        if (out == nullptr) {
+        if (!kAlone) {
+          atomic_add4(sums + m * p_.D + d, sum[i]);
+        } else if (out == nullptr) {
           store4(sums + m * p_.D + d, sum[i]);
         } else {
           store_four(out + m * p_.D + d, sum[i]);
@@ -359,12 +374,17 @@ class KeyTile {
     }
   }
 
+  template <bool kAlone>
   ATTN_DEVICE void add_ones(int queries, bool add, float* sums, T* out) const {
     const float* own = reinterpret_cast<const float*>(memory_ + Memory::kRows);
 #pragma unroll 1
     for (int i = threadIdx.x; i < queries * p_.D; i += P::kThreads) {
-      const float sum =
-          (add ? sums[i] : 0.0f) + own[P::row_of(i % p_.D) * P::kQueryPitch + i / p_.D];
+      const float own_sum = own[P::row_of(i % p_.D) * P::kQueryPitch + i / p_.D];
+      if (!kAlone) {
+        atomic_add(sums + i, own_sum);
+        continue;
+      }
+      const float sum = (add ? sums[i] : 0.0f) + own_sum;
       if (out == nullptr) {
         sums[i] = sum;
       } else {

@@ -56,4 +56,13 @@ __global__ void __launch_bounds__(kRowThreads)
   if (threadIdx.x == 0) grad[h] = sums[0];
 }
 
+// out = sums rounded, and sums = 0 for who comes next.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads) round_kernel(float* sums, int64_t count, T* out) {
+  const int64_t i = int64_t{blockIdx.x} * kRowThreads + threadIdx.x;
+  if (i >= count) return;
+  out[i] = from_float<T>(sums[i]);
+  sums[i] = 0.0f;
+}
+
 }  // namespace attn::cuda::l1

@@ -22,9 +22,11 @@ struct Gradients {
   const float* delta;  // [B,H,M]
   // Contiguous, of the inputs' dtype; null where it is not wanted.
   void *query, *key, *value;
-  float* query_sums;      // [heads of this launch, M, D]; with T = float the gradient itself
-  int* flags;             // [B, H, tiles of queries], zero: how many key tiles are in query_sums
-  int* ticket;            // zero
+  // [heads of this launch, M, D]; with T = float the gradient itself. Zero unless ordered.
+  float* query_sums;
+  bool ordered;  // the same sum of the same inputs every time
+  int* flags;    // if ordered: [B, H, tiles of queries], zero: how many key tiles are in the sums
+  int* ticket;   // zero
   int first_head, heads;  // b * Hk + hk of this launch
   int key_tiles;
 };
