@@ -71,8 +71,8 @@ ATTN_DEVICE void stage_columns(const Source<T>& from, float factor, uint32_t* to
     ATTN_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
       const int group = (k + i) * P::kWarps + warp;
-      held[i] = from.four(group % kRowGroups * 16 + lane % 16,
-                          group / kRowGroups * 8 + lane / 16 * 4);
+      held[i] =
+          from.four(group % kRowGroups * 16 + lane % 16, group / kRowGroups * 8 + lane / 16 * 4);
     }
     ATTN_UNROLL
     for (int i = 0; i < kAtOnce; ++i) {
@@ -99,7 +99,8 @@ ATTN_DEVICE void stage_rows(const Source<T>& from, int words, int pitch, PlaceOf
     }
     return;
   }
-  constexpr int kEach = P::kWords / 4, kStep = P::kThreads / kEach;  // threads of a row, rows at once
+  constexpr int kEach = P::kWords / 4,
+                kStep = P::kThreads / kEach;  // threads of a row, rows at once
   const int first = threadIdx.x / kEach, word = threadIdx.x % kEach * 4;
   if (word >= words) return;
   const int size = word * kWordElements<T> < from.width ? from.count - from.first : 0;

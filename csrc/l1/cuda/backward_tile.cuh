@@ -284,24 +284,27 @@ ATTN_DEVICE void load_grad_out(const uint32_t* rows, int e, uint32_t (&b)[4]) {
   }
 }
 
-// P^T grad_out of 16 keys and the 16 columns from e on.
+// P^T grad_out of 16 keys and the 32 columns from e on.
 template <class T, class P>
 ATTN_DEVICE void multiply_weights(const uint32_t (&a)[P::kQueries / P::kPart / 8][4],
-                                  const uint32_t* rows, int e, float (&c)[2][4]) {
+                                  const uint32_t* rows, int e, float (&c)[4][4]) {
   ATTN_UNROLL
   for (int step = 0; step < P::kQueries / P::kPart / 8; step += 2) {
-    uint32_t b[2][4];
+    uint32_t b[4][4];
     ATTN_UNROLL
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 4; ++i) {
       load_grad_out<T, P>(rows + step * 8 * P::kPart * BackwardMemory<T, P>::kRowPitch, e + 8 * i,
                           b[i]);
     }
     ATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const uint32_t left[1][4] = {
-          {a[step + half][0], a[step + half][1], a[step + half][2], a[step + half][3]}};
-      const uint32_t right[2][2] = {{b[0][2 * half], b[0][2 * half + 1]},
-                                    {b[1][2 * half], b[1][2 * half + 1]}};
+      uint32_t left[1][4], right[4][2];
+      ATTN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        left[0][i] = a[step + half][i];
+        right[i][0] = b[i][2 * half];
+        right[i][1] = b[i][2 * half + 1];
+      }
       multiply_words<T>(c, left, right);
     }
   }
@@ -333,18 +336,18 @@ class ValueSums {
     load_weights<T, P>(weights, a);
     shared += row() * Memory::kValuePitch + 2 * (threadIdx.x % 4);
     ATTN_UNROLL
-    for (int k = 0; k < P::kSlice / 16; ++k) {
-      const int e = column() + 16 * k;
+    for (int k = 0; k < P::kSlice / 32; ++k) {
+      const int e = column() + 32 * k;
       if (e >= E) break;
       if constexpr (kFloat) {
-        float c[2][4] = {};
+        float c[4][4] = {};
         multiply_weights<T, P>(a, rows, e, c);
         ATTN_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          float2* sum =
-              reinterpret_cast<float2*>(shared + i / 2 * 8 * Memory::kValuePitch + e + i % 2 * 8);
+        for (int i = 0; i < 8; ++i) {
+          float* at = shared + i / 4 * 8 * Memory::kValuePitch + e + i % 4 * 8;
+          float2* sum = reinterpret_cast<float2*>(at);
           const float2 before = *sum;
-          *sum = make_float2(before.x + c[i % 2][i / 2 * 2], before.y + c[i % 2][i / 2 * 2 + 1]);
+          *sum = make_float2(before.x + c[i % 4][i / 4 * 2], before.y + c[i % 4][i / 4 * 2 + 1]);
         }
       } else {
         multiply_weights<T, P>(a, rows, e, at_[k]);
@@ -356,11 +359,11 @@ class ValueSums {
   ATTN_DEVICE void store(const float* shared, int keys, int E, T* out) const {
     shared += row() * Memory::kValuePitch;
     ATTN_UNROLL
-    for (int i = 0; i < P::kSlice / 16 * 8; ++i) {
+    for (int i = 0; i < P::kSlice / 32 * 16; ++i) {
       const int key = row() + i / 2 % 2 * 8;
       const int e = column() + i / 4 * 8 + 2 * (threadIdx.x % 4) + i % 2;
       if (key >= keys || e >= E) continue;
-      float sum = at_[kFloat ? 0 : i / 8][i / 4 % 2][i % 4];
+      float sum = at_[kFloat ? 0 : i / 16][i / 4 % 4][i % 4];
       if (kFloat) sum = shared[i / 2 % 2 * 8 * Memory::kValuePitch + e];
       out[static_cast<int64_t>(key) * E + e] = from_float<T>(sum);
     }
@@ -372,7 +375,7 @@ class ValueSums {
   }
   static ATTN_DEVICE int column() { return threadIdx.x / 32 / P::kKeySlices * P::kSlice; }
 
-  float at_[kFloat ? 1 : P::kSlice / 16][2][4] = {};
+  float at_[kFloat ? 1 : P::kSlice / 32][4][4] = {};
 };
 
 }  // namespace attn::cuda::l1
