@@ -52,21 +52,6 @@ struct Tile {
   float at[2][kKeys / 8][4];
 };
 
-// --- float32: two additions per element. Eight words are summed as a tree, which costs nothing and
-// keeps the rounding of long sums near that of a pairwise sum.
-
-template <int kCount>
-ATTN_DEVICE float tree_sum(const float (&x)[kCount]) {
-  if constexpr (kCount == 1) {
-    return x[0];
-  } else {
-    float halves[kCount / 2];
-    ATTN_UNROLL
-    for (int i = 0; i < kCount / 2; ++i) halves[i] = x[2 * i] + x[2 * i + 1];
-    return tree_sum(halves);
-  }
-}
-
 ATTN_DEVICE void load_four(float (&to)[4], const uint32_t* from) {
   const float4 x = load4(reinterpret_cast<const float*>(from));
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
@@ -76,39 +61,27 @@ ATTN_DEVICE void load_four(uint32_t (&to)[4], const uint32_t* from) {
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
 }
 
-#ifndef L1_TREE
-#define L1_TREE 4
-#endif
-#ifndef L1_FLUSH
-#define L1_FLUSH 1
-#endif
+// --- float32: two additions per element. Sums in the order of D: a tree holds more operands in
+// registers, whose banks then meet, and was 5 % slower.
 
 template <int kKeys, int kRowPitch = kQueryPitch, int kColumnPitch = kKeyPitch<kKeys>>
 ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, int words,
                                Tile<kKeys>& sums, float) {
-  constexpr int kTree = L1_TREE;
 #pragma unroll 1
   for (int w = 0; w < words; w += kWordStep) {
     ATTN_UNROLL
-    for (int step = 0; step < kWordStep; step += kTree) {
-      float query[kTree][4];
-      ATTN_UNROLL
-      for (int d = 0; d < kTree; ++d) load_four(query[d], queries + (step + d) * kRowPitch);
+    for (int step = 0; step < kWordStep; ++step) {
+      float query[4];
+      load_four(query, queries + step * kRowPitch);
       ATTN_UNROLL
       for (int j = 0; j < kKeys / 16; ++j) {
-        float key[kTree][4];
-        ATTN_UNROLL
-        for (int d = 0; d < kTree; ++d) {
-          load_four(key[d], keys + (step + d) * kColumnPitch + 16 * j);
-        }
+        float key[4];
+        load_four(key, keys + step * kColumnPitch + 16 * j);
         ATTN_UNROLL
         for (int i = 0; i < 4; ++i) {
           ATTN_UNROLL
           for (int c = 0; c < 4; ++c) {
-            float parts[kTree];
-            ATTN_UNROLL
-            for (int d = 0; d < kTree; ++d) parts[d] = fabsf(query[d][i] - key[d][c]);
-            sums.at[i / 2][2 * j + c / 2][2 * (i % 2) + c % 2] += tree_sum(parts);
+            sums.at[i / 2][2 * j + c / 2][2 * (i % 2) + c % 2] += fabsf(query[i] - key[c]);
           }
         }
       }
@@ -132,52 +105,39 @@ ATTN_DEVICE Selector own_columns() {
   return {{g == 2 * t ? kOnes : 0, g == 2 * t + 1 ? kOnes : 0}};
 }
 
-// |q - k| of two words, of eight words.
 ATTN_DEVICE uint32_t two_differences(uint32_t q0, uint32_t k0, uint32_t q1, uint32_t k1) {
   return add_both_abs_half2(sub_half2(q0, k0), sub_half2(q1, k1));
-}
-ATTN_DEVICE uint32_t eight_differences(const uint32_t (&query)[kWordStep][4], int row,
-                                       const uint32_t (&key)[kWordStep][4], int column) {
-  uint32_t sums[kWordStep / 2];
-  ATTN_UNROLL
-  for (int d = 0; d < kWordStep; d += 2) {
-    sums[d / 2] =
-        two_differences(query[d][row], key[d][column], query[d + 1][row], key[d + 1][column]);
-  }
-  return add_half2(add_half2(sums[0], sums[1]), add_half2(sums[2], sums[3]));
 }
 
 template <int kKeys, int kRowPitch = kQueryPitch, int kColumnPitch = kKeyPitch<kKeys>>
 ATTN_DEVICE void add_distances(const uint32_t* queries, const uint32_t* keys, int words,
                                Tile<kKeys>& sums, Half) {
-  [[maybe_unused]] const Selector own = own_columns();
+  const Selector own = own_columns();
 #pragma unroll 1
   for (int w = 0; w < words; w += kWordStep) {
-    uint32_t query[kWordStep][4];
     ATTN_UNROLL
-    for (int d = 0; d < kWordStep; ++d) load_four(query[d], queries + d * kRowPitch);
-    ATTN_UNROLL
-    for (int j = 0; j < kKeys / 16; ++j) {
-      uint32_t key[kWordStep][4];
+    for (int step = 0; step < kWordStep; step += 2) {
+      uint32_t query[2][4];
+      load_four(query[0], queries + step * kRowPitch);
+      load_four(query[1], queries + (step + 1) * kRowPitch);
       ATTN_UNROLL
-      for (int d = 0; d < kWordStep; ++d) load_four(key[d], keys + d * kColumnPitch + 16 * j);
-      ATTN_UNROLL
-      for (int m = 0; m < 2; ++m) {
+      for (int j = 0; j < kKeys / 16; ++j) {
+        uint32_t key[2][4];
+        load_four(key[0], keys + step * kColumnPitch + 16 * j);
+        load_four(key[1], keys + (step + 1) * kColumnPitch + 16 * j);
         ATTN_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          uint32_t parts[4];
+        for (int m = 0; m < 2; ++m) {
           ATTN_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            parts[i] = eight_differences(query, 2 * m + i % 2, key, 2 * e + i / 2);
+          for (int e = 0; e < 2; ++e) {
+            uint32_t parts[4];
+            ATTN_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              const int row = 2 * m + i % 2, column = 2 * e + i / 2;
+              parts[i] =
+                  two_differences(query[0][row], key[0][column], query[1][row], key[1][column]);
+            }
+            mma_half(sums.at[m][2 * j + e], parts, own.b);
           }
-#if L1_FLUSH == 0
-          mma_half(sums.at[m][2 * j + e], parts, own.b);
-#else
-          ATTN_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            sums.at[m][2 * j + e][2 * (i % 2) + i / 2] += low_half(parts[i]) + high_half(parts[i]);
-          }
-#endif
         }
       }
     }

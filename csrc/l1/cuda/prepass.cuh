@@ -54,8 +54,8 @@ struct Factor {
   float down;  // 1 / up
 };
 
-// Scaled inputs are below 2^12: a difference is below 2^13 and a sum of eight at most 65504, where
-// half precision ends. All 32 lanes take part.
+// Scaled inputs are below 2^12: a difference is below 2^13 and a sum of two below 2^14, where half
+// precision ends at 2^16. All 32 lanes take part.
 template <class T>
 ATTN_DEVICE Factor common_factor(const Problem& p, int b, int hk) {
   float largest = 0.0f;
