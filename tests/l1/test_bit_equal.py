@@ -62,7 +62,7 @@ def reference(arguments: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_scores_of_kernel_reference_and_formula(dtype: torch.dtype, device: torch.device) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(cases())
     def check(case: Case) -> None:
         arguments = multiples(case, dtype, device)
@@ -82,7 +82,7 @@ def test_sums_of_signs_of_kernel_reference_and_formula(
 ) -> None:
     """Gradients that are multiples of 1/8 and a scale of 1/4: no product is rounded."""
 
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(cases(), st.integers(0, 9))
     def check(case: Case, seed: int) -> None:
         arguments = multiples(case.but(options={}), dtype, device)
