@@ -5,8 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "l1/cuda/arguments.cuh"
-#include "l1/cuda/backward_bias.cuh"
+#include "l1/cuda/backward_host.cuh"
 #include "l1/cuda/backward_rows.cuh"
 
 namespace attn::cuda::l1 {
@@ -16,30 +15,6 @@ using torch::stable::new_zeros;
 
 // float32 sums of the gradients of 16-bit queries exist for as many heads at a time.
 constexpr int64_t kScratchBytes = int64_t{48} << 20;
-// As many blocks keep a GPU busy.
-constexpr int64_t kBusyBlocks = 264;
-
-int64_t tiles_of(int64_t length, int64_t tile) {
-  return (length + tile - 1) / tile;
-}
-
-unsigned grid_size(int64_t blocks) {
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "l1: too long for one launch: ", blocks, " blocks");
-  return static_cast<unsigned>(blocks);
-}
-
-// Calls f with the element type and the least padded width that serves.
-template <class F>
-void with_plan(ScalarType dtype, const Problem& p, F f) {
-  const int width = std::max(p.D, p.E);
-  with_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if (width <= 64) return f(zero, Plan<T, 64>{});
-    if (width <= 128) return f(zero, Plan<T, 128>{});
-    f(zero, Plan<T, 256>{});
-  });
-}
-
 // Rows start at multiples of 16 bytes and end there.
 bool in_sixteens(const Tensor& tensor) {
   const int64_t each = tensor.scalar_type() == ScalarType::Float ? 4 : 8;
@@ -49,10 +24,6 @@ bool in_sixteens(const Tensor& tensor) {
     aligned = aligned && (tensor.size(dim) == 1 || tensor.stride(dim) % each == 0);
   }
   return aligned;
-}
-
-float* floats(const Tensor& tensor) {
-  return static_cast<float*>(tensor.data_ptr());
 }
 
 // Gradients of query, key and value; zeros where no tile is visited.
@@ -90,56 +61,6 @@ void launch_backward(const Device& device, const Tensor& query, const Problem& p
     launch(device, "l1: rounding", &round_kernel<T>, dim3(grid_size(tiles_of(count, kRowThreads))),
            kRowThreads, 0, g.query_sums, count, static_cast<T*>(g.query) + first * rows);
   }
-}
-
-void sum_parts(const Device& device, const float* parts, int count, int64_t size, float* out) {
-  launch(device, "l1: sum of parts", &sum_parts_kernel,
-         dim3(grid_size(tiles_of(size, kPrepassThreads))), kPrepassThreads, 0, parts, count, size,
-         out);
-}
-
-// float32, of the shape of bias.
-template <class T, class P>
-Tensor bias_gradient(const Device& device, const Tensor& bias, const Problem& p,
-                     const Gradients& g) {
-  BiasGradient of{};
-  of.B = static_cast<int>(bias.size(0));
-  of.H = static_cast<int>(bias.size(1));
-  of.M = static_cast<int>(bias.size(2));
-  of.N = static_cast<int>(bias.size(3));
-  of.query_tiles = static_cast<int>(tiles_of(p.M, P::kQueries));
-  of.key_tiles = static_cast<int>(tiles_of(p.N, P::kKeys));
-  const int64_t owned =
-      int64_t{of.B} * of.H * tiles_of(of.M, P::kQueries) * tiles_of(of.N, P::kKeys);
-  const int64_t tiles = int64_t{p.B} * p.H * of.query_tiles * of.key_tiles;
-  of.parts = static_cast<int>(std::clamp<int64_t>(kBusyBlocks / owned, 1, tiles / owned));
-  const Tensor out = new_empty(bias, bias.sizes(), ScalarType::Float);
-  const Tensor parts =
-      of.parts == 1 ? out : new_empty(bias, {of.parts, bias.numel()}, ScalarType::Float);
-  of.out = floats(parts);
-  launch(device, "l1: gradient of bias", &bias_kernel<T, P::kWidth>,
-         dim3(grid_size(owned), static_cast<unsigned>(of.parts)), P::kThreads,
-         BackwardMemory<T, P>::kBytes, p, g, of);
-  if (of.parts > 1) sum_parts(device, of.out, of.parts, bias.numel(), floats(out));
-  return out;
-}
-
-template <class T, class P>
-void relative_bias_gradient(const Device& device, const Problem& p, const Gradients& g,
-                            const Tensor& out) {
-  BiasGradient of{};
-  of.query_tiles = static_cast<int>(tiles_of(p.M, P::kQueries));
-  of.key_tiles = static_cast<int>(tiles_of(p.N, P::kKeys));
-  const int ratio = P::kKeys / P::kQueries;
-  const int offsets = of.query_tiles + ratio * (of.key_tiles - 1);
-  const Tensor sums = new_empty(out, {p.H, offsets, kDiagonals<P>}, ScalarType::Float);
-  of.out = floats(sums);
-  launch(device, "l1: gradient of relative_bias", &relative_bias_kernel<T, P::kWidth>,
-         dim3(static_cast<unsigned>(offsets), static_cast<unsigned>(p.H)), P::kThreads,
-         BackwardMemory<T, P>::kBytes, p, g, of);
-  launch(device, "l1: sum of diagonals", &sum_diagonals_kernel,
-         dim3(grid_size(tiles_of(out.numel(), kPrepassThreads))), kPrepassThreads, 0, p, of,
-         P::kQueries, kDiagonals<P>, offsets, floats(out));
 }
 
 // The gradient of an input, or an empty tensor if it is not wanted.
@@ -222,17 +143,16 @@ Six backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tenso
   g.query = data_if(grads[0], output_mask[0]);
   g.key = data_if(grads[1], output_mask[1]);
   g.value = data_if(grads[2], output_mask[2]);
-  with_plan(query.scalar_type(), p, [&](auto zero, auto plan) {
-    using T = decltype(zero);
-    using P = decltype(plan);
-    if (g.query || g.key || g.value) launch_backward<T, P>(device, query, p, g);
-    if (bias.has_value() && output_mask[3]) grads[3] = bias_gradient<T, P>(device, *bias, p, g);
-    if (relative_bias.has_value() && output_mask[4]) {
-      relative_bias_gradient<T, P>(device, p, g, grads[4]);
-    }
+  const ScalarType dtype = query.scalar_type();
+  with_plan(dtype, p, [&](auto zero, auto plan) {
+    if (!g.query && !g.key && !g.value) return;
+    launch_backward<decltype(zero), decltype(plan)>(device, query, p, g);
   });
   if (bias.has_value() && output_mask[3]) {
-    grads[3] = torch::stable::to(grads[3], bias->scalar_type());
+    grads[3] = torch::stable::to(bias_gradient(device, *bias, dtype, p, g), bias->scalar_type());
+  }
+  if (relative_bias.has_value() && output_mask[4]) {
+    relative_bias_gradient(device, grads[4], dtype, p, g);
   }
   return result();
 }

@@ -11,12 +11,12 @@
 // A column exists twice ("plane" j): the two parts of G (float32), or the first and the second of
 // a pair of widths (16 bits: an operand of a pair has zero in the place of the other one).
 //
-// Instructions per element (a pair of query and key in one width), D = 64, count of the code below:
-//   float32: t = saturate((q - k) * 2^127 + 1/2), which is 0, 1/2 or 1, so that sign = 2 t - 1:
-//     FADD + FFMA.SAT = 2; products 8 per 512 elements and lane... in all 90 instructions of a warp
-//     for 1024 elements (64 of signs, 16 + 4 products, 6 loads and selections): 2.8 slots.
-//   16 bits: HSET2 (q > k), HSET2 (k > q), HADD2 for two widths = 1.5; in all 62: 1.9 slots.
-// A sweep by FADD, FFMA.SAT, FFMA, FFMA would be 4 and its reductions across lanes; two one-sided
+// Instructions per element (a pair of query and key in one width), counted in the machine code for
+// D = 64: four queries x 16 keys x 64 widths are 128 elements of a lane.
+//   float32: t = saturate((q - k) * 2^127 + 1/2), which is 0, 1/2 or 1, so that sign = 2 t - 1: 128
+//     FADD, 128 FFMA.SAT, 80 HMMA, about 110 for loads and sums: 445 = 3.5 per element.
+//   16 bits: 128 HSET2 (q > k, k > q), 64 HADD2, 32 HMMA, about 85: 310 = 2.4 per element.
+// A sweep by FADD, FFMA.SAT, FFMA, FFMA is 4 and its reductions across lanes; two one-sided
 // products from a slab of G 8. sum G (for 2 t - 1) is made by the same units in the same order, so
 // that a row of ties gives exactly zero.
 #pragma once
