@@ -45,8 +45,8 @@ COMPILE += ["-Wno-psabi", "-Wno-ignored-attributes", "-fvisibility=hidden"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 COMPILE += STABLE_ABI
 
-# Machine code for the A100's and the H100's families, and PTX for what comes after.
-GPUS = "8.0;9.0+PTX"
+# Machine code for Hopper, and PTX for what comes after. Blocks are too large for GPUs before it.
+GPUS = "9.0+PTX"
 COMPILE_CUDA = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", *STABLE_ABI]
 COMPILE_CUDA += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 

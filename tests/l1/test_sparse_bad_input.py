@@ -202,7 +202,6 @@ try:
 except ValueError as error:
     print(error)
 attn_ops.l1_sparse_attention(q, q, q, edges)
-print("nobody has waited")
 torch.cuda.synchronize()
 print("unreachable")
 """
@@ -215,5 +214,4 @@ def test_raw_edges_out_of_range_are_an_assertion_of_a_gpu(device: torch.device) 
     done = subprocess.run([sys.executable, "-c", ASSERTS], capture_output=True, text=True)
     assert done.returncode != 0 and "unreachable" not in done.stdout
     assert "EdgeList: edges must be queries from 0 to 4" in done.stdout
-    assert "nobody has waited" in done.stdout
     assert "assert" in done.stderr.lower()
