@@ -230,6 +230,7 @@ CUDA_PRESET = {
 }
 SHAPES = [[4, 8, length, width] for width in (64, 128) for length in (2048, 8192)]
 # On a GPU the formulas take seconds to run and longer to compile: a few rows tell enough of them.
+# And torch.cdist read illegal memory there (32 heads, N = 2048, torch 2.11), after which nothing runs.
 FORMULAS = ["broadcast", "cdist"]
 
 ENTRY = Entry(
@@ -245,8 +246,7 @@ ENTRY = Entry(
             {**CPU_PRESET, "seq_lens": [1024, 2048], "passes": ["forward+backward"]},
         ),
         "cuda": (
-            {**CUDA_PRESET, "dtype": ["float32"], "shapes": SHAPES[:1]},
-            {**CUDA_PRESET, "dtype": ["float32"], "shapes": SHAPES[1:2], "skip": ["cdist"]},
+            {**CUDA_PRESET, "dtype": ["float32"], "shapes": SHAPES[:2], "skip": ["cdist"]},
             {**CUDA_PRESET, "dtype": ["float32"], "shapes": SHAPES[2:], "skip": FORMULAS},
             {
                 **CUDA_PRESET,
@@ -279,7 +279,7 @@ SCORES = Entry(
             {**CPU_PRESET, "seq_lens": [1024], "passes": ["forward+backward"]},
         ),
         "cuda": (
-            {**CUDA_PRESET, "dtype": ["float32"], "shapes": SHAPES[:1]},
+            {**CUDA_PRESET, "dtype": ["float32"], "shapes": SHAPES[:1], "skip": ["cdist"]},
             {
                 **CUDA_PRESET,
                 "dtype": ["float32", "bfloat16"],
