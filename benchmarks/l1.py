@@ -230,7 +230,7 @@ CUDA_PRESET = {
 }
 SHAPES = [[4, 8, length, width] for width in (64, 128) for length in (2048, 8192)]
 # On a GPU the formulas take seconds to run and longer to compile: a few rows tell enough of them.
-# And torch.cdist read illegal memory there (32 heads, N = 2048, torch 2.11), after which nothing runs.
+# torch.cdist (32 heads, N = 2048, torch 2.11) read illegal memory there, which ends the process.
 FORMULAS = ["broadcast", "cdist"]
 
 ENTRY = Entry(
