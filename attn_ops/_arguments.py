@@ -57,7 +57,9 @@ class Folded:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast an op runs in the autocast dtype; float64 is left alone."""
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    # Dynamo of torch 2.11 cannot trace the question whether a device knows autocast.
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    if not (known and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
