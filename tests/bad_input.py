@@ -18,6 +18,7 @@ from tests.strategies import Case
 
 # The op's own options, drawn without regard to the other arguments.
 Wild = Callable[[Case], dict[str, st.SearchStrategy[Any]]]
+Arguments = st.SearchStrategy[dict[str, Any]]
 
 
 def shared_options(case: Case) -> dict[str, st.SearchStrategy[Any]]:
@@ -46,10 +47,10 @@ def spoilt_arguments(draw: st.DrawFn, spec: OpSpec, wild: Wild) -> dict[str, Any
 
 
 def assert_errors_name_themselves_and_results_are_right(
-    spec: OpSpec, wild: Wild, examples: int
+    spec: OpSpec, drawn: Arguments, examples: int
 ) -> None:
     @settings(max_examples=examples)
-    @given(spoilt_arguments(spec, wild))
+    @given(drawn)
     def check(arguments: dict[str, Any]) -> None:
         try:
             out, *_ = spec.run(**arguments)
@@ -65,12 +66,12 @@ def assert_errors_name_themselves_and_results_are_right(
     check()
 
 
-def assert_errors_are_drawn_as_well_as_results(spec: OpSpec, wild: Wild, kinds: int) -> None:
+def assert_errors_are_drawn_as_well_as_results(spec: OpSpec, drawn: Arguments, kinds: int) -> None:
     """Or the test above would show nothing. kinds: of outcomes, a result and wrong arguments."""
     outcomes = []
 
     @settings(max_examples=100, derandomize=True)
-    @given(spoilt_arguments(spec, wild))
+    @given(drawn)
     def collect(arguments: dict[str, Any]) -> None:
         try:
             spec.run(**arguments)

@@ -19,9 +19,12 @@ def wild(case: Case) -> dict[str, st.SearchStrategy[Any]]:
     }
 
 
+DRAWN = bad_input.spoilt_arguments(SPEC, wild)
+
+
 def test_an_error_that_names_itself_or_a_right_result() -> None:
-    bad_input.assert_errors_name_themselves_and_results_are_right(SPEC, wild, 600)
+    bad_input.assert_errors_name_themselves_and_results_are_right(SPEC, DRAWN, 600)
 
 
 def test_errors_are_drawn_as_well_as_results() -> None:
-    bad_input.assert_errors_are_drawn_as_well_as_results(SPEC, wild, 6)
+    bad_input.assert_errors_are_drawn_as_well_as_results(SPEC, DRAWN, 6)

@@ -23,13 +23,19 @@ def wild(case: Case) -> dict[str, st.SearchStrategy[Any]]:
     return bad_input.shared_options(case) | wild_scores(case)
 
 
+DRAWN = bad_input.spoilt_arguments(L1, wild)
+DRAWN_SCORES = bad_input.spoilt_arguments(SCORES, wild_scores)
+
+
 @pytest.mark.parametrize(
-    ("spec", "wild"), ((L1, wild), (SCORES, wild_scores)), ids=("l1", "l1_scores")
+    ("spec", "drawn"), ((L1, DRAWN), (SCORES, DRAWN_SCORES)), ids=("l1", "l1_scores")
 )
-def test_an_error_that_names_itself_or_a_right_result(spec: OpSpec, wild: bad_input.Wild) -> None:
-    bad_input.assert_errors_name_themselves_and_results_are_right(spec, wild, 250)
+def test_an_error_that_names_itself_or_a_right_result(
+    spec: OpSpec, drawn: bad_input.Arguments
+) -> None:
+    bad_input.assert_errors_name_themselves_and_results_are_right(spec, drawn, 250)
 
 
 def test_errors_are_drawn_as_well_as_results() -> None:
-    bad_input.assert_errors_are_drawn_as_well_as_results(L1, wild, 6)
-    bad_input.assert_errors_are_drawn_as_well_as_results(SCORES, wild_scores, 4)
+    bad_input.assert_errors_are_drawn_as_well_as_results(L1, DRAWN, 6)
+    bad_input.assert_errors_are_drawn_as_well_as_results(SCORES, DRAWN_SCORES, 4)
