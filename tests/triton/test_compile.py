@@ -195,7 +195,7 @@ def test_kernels_of_cosine_sim_fit(
         (90, torch.bfloat16, 64, False, STACK),
         (90, torch.bfloat16, 128, False, STACK),
         (90, torch.bfloat16, 128, True, STACK),
-        (90, torch.bfloat16, 16, True, 1280),  # taylor, known to be slow
+        (90, torch.bfloat16, 16, True, 1408),  # taylor, known to be slow
         (90, torch.float32, 256, False, 4096),  # known to be slow
         (90, torch.float16, 128, True, STACK),
         (80, torch.bfloat16, 128, True, STACK),
