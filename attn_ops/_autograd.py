@@ -36,7 +36,7 @@ except (ImportError, AttributeError) as error:
 Setup = Callable[[Any, tuple[Any, ...], Any], None]
 Formula = Callable[..., Any]
 
-# Of every differentiable op: what it is in plain PyTorch.
+# What an op is in plain PyTorch: every differentiable one, and those that stand beside them.
 formulas: dict[str, Formula] = {}
 
 

@@ -51,16 +51,19 @@ def sort(edges: Tensor, num_queries: int, num_keys: int) -> tuple[Tensor, ...]:
     else:
         message = "l1_sparse: edges must be queries below M and keys below N, not negative"
         torch._assert_async(_inside(edges, num_queries, num_keys).all(), message)
+    return both_orders(edges, num_queries, num_keys)
+
+
+def both_orders(edges: Tensor, num_queries: int, num_keys: int) -> tuple[Tensor, ...]:
+    """The same of indices that are in range."""
     queries, keys = edges.to(torch.int64).unbind(1)
-    codes = (queries * num_keys + keys).sort().values
-    rows = torch.arange(num_queries + 1, device=edges.device)
-    row_start = torch.searchsorted(codes, rows * num_keys)
-    row_keys = codes % max(num_keys, 1)
+    places = (queries * num_keys + keys).sort().indices
+    queries, row_keys = queries[places], keys[places]
+    row_start = torch.searchsorted(queries, torch.arange(num_queries + 1, device=edges.device))
     # Stable: among the edges of a key the queries stay sorted.
     col_keys, col_edges = row_keys.sort(stable=True)
     col_start = torch.searchsorted(col_keys, torch.arange(num_keys + 1, device=edges.device))
-    col_queries = (codes // max(num_keys, 1))[col_edges]
-    return row_start, row_keys, col_start, col_queries, col_edges
+    return row_start, row_keys, col_start, queries[col_edges], col_edges
 
 
 @dataclass(frozen=True, init=False, eq=False)

@@ -167,6 +167,7 @@ def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | No
     return _autograd.vjp_of_formula(sparse_in_blocks.backward_formula, args, cotangents, places)
 
 
+_autograd.formulas["_l1_edges"] = edge_list.both_orders
 _autograd.differentiable(
     "_l1_sparse_fwd", _save_forward, _forward_backward, sparse_in_blocks.forward_formula
 )

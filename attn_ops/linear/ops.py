@@ -14,6 +14,7 @@ the last key ([0] unless they were given). All outputs are contiguous.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ def _linear_step(
     eps: float = 1e-5,
     decay: Tensor | None = None,
     feature_map: str = "identity",
+    kernel: Any = torch.ops.attn._linear_step,
 ) -> Tensor:
     op = "linear_step"
     merged = query.dim() == 3
@@ -128,9 +130,7 @@ def _linear_step(
     folded, folded_sum = fold_state(op, state, key_sum, query, value, feature_map, merged)
     eps_or_none = fold_eps(op, eps, normalize)
     decay = fold_decay(op, decay, query)
-    out = torch.ops.attn._linear_step(
-        query, key, value, folded, folded_sum, decay, eps_or_none, feature_map
-    )
+    out = kernel(query, key, value, folded, folded_sum, decay, eps_or_none, feature_map)
     return out.squeeze(1) if merged else out
 
 
@@ -267,6 +267,7 @@ def _grad_decay_backward(ctx: Any, cotangent: Tensor | None) -> list[Tensor | No
     return _autograd.vjp_of_formula(formula, args, (cotangent,), _DIFFERENTIABLE_TWICE)
 
 
+_autograd.formulas["linear_step"] = partial(_linear_step, kernel=in_blocks.step)
 _autograd.differentiable("_linear_fwd", _save_forward, _forward_backward, in_blocks.forward_formula)
 _autograd.differentiable("_linear_bwd", _save(13), _backward_backward, in_blocks.backward_formula)
 _autograd.differentiable(
