@@ -1,8 +1,17 @@
-"""Training in half precision: `GradScaler`."""
+"""How exact results are: `GradScaler`, and how float32 is multiplied."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conformance.evaluate import scalar
+import attn_ops
+from attn_ops import info
+from tests.comparison import assert_close, assert_same
+from tests.conformance.evaluate import cotangents, in_dtype, scalar, with_gradients
 from tests.conformance.spec import OpSpec
 
 
@@ -40,3 +49,72 @@ def test_grad_scaler_skips_a_step_that_overflows(spec: OpSpec, device: torch.dev
     scaler.update()
     assert torch.equal(query, before)
     assert scaler.get_scale() == 2.0**39
+
+
+# What products may make of float32 operands: as they are, tf32 (the digits of float16), bfloat16.
+OPERANDS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
+
+
+@contextmanager
+def matmul_precision(setting: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class InBlocks(TorchDispatchMode):
+    """Has the formulas serve that do where there is no kernel."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "attn":
+            return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+        return func(*args, **(kwargs or {}))
+
+
+def always_full(spec: OpSpec, result: str, device: torch.device) -> bool:
+    """Whether docs/precision.md says so."""
+    if result in spec.own_backward:
+        return False  # a formula on every device
+    serving = info.serving_cpu if device.type == "cpu" else info.serving_cuda
+    return "C++" in serving(spec.room).kernel or spec.name == "l1_sparse"
+
+
+@pytest.mark.parametrize("setting", OPERANDS)
+@pytest.mark.parametrize("in_blocks", (False, True), ids=("kernels", "formulas"))
+def test_float32_products_lose_no_more_than_the_setting_permits(
+    spec: OpSpec, in_blocks: bool, setting: str, device: torch.device
+) -> None:
+    case = spec.resized(spec.cases["everything"], 70, 150, 1)
+    arguments = spec.build(case, torch.float32, device)
+    exact_arguments = in_dtype(arguments, torch.float64)
+    grads = cotangents(*spec.formula(**exact_arguments))
+    exact = with_gradients(spec, spec.formula, exact_arguments, *grads)
+    same_dtype = with_gradients(spec, spec.formula, arguments, *grads)
+    with matmul_precision(setting), InBlocks() if in_blocks else nullcontext():
+        actual = with_gradients(spec, spec.run, arguments, *grads)
+    for name, truth in exact.items():
+        full = not in_blocks and always_full(spec, name, device)
+        operands = torch.float32 if full else OPERANDS[setting]
+        rounding = spec.rounding(operands, exact_arguments, *grads)
+        assert_close(name, actual[name], same_dtype[name], truth, rounding)
+
+
+@pytest.mark.ops("linear_step")
+@pytest.mark.parametrize("setting", OPERANDS)
+def test_a_step_is_full_float32_whatever_the_setting(setting: str, device: torch.device) -> None:
+    if device.type == "cpu" and "C++" not in info.serving_cpu("linear").kernel:
+        pytest.skip("a formula serves")
+    x = torch.randn(2, 3, 1, 64, device=device)
+    state, key_sum = torch.randn(2, 3, 64, 64, device=device), torch.rand(2, 3, 64, device=device)
+    exact = [t.double() for t in (x, x, x, state, key_sum)]
+    options = {"feature_map": "elu_plus_one"}
+    expected = [attn_ops.linear_attention_step(*exact, **options), *exact[3:]]
+    with matmul_precision(setting):
+        out = attn_ops.linear_attention_step(x, x, x, state, key_sum, **options)
+    for name, a, e in zip(("out", "state", "key_sum"), (out, state, key_sum), expected):
+        assert_same(name, a, e.float())
