@@ -20,6 +20,7 @@ import torch
 OPCHECK = "`torch.library.opcheck`"
 COMPILE = "`torch.compile`, dynamic lengths, no graph break"
 EXPORT = "`torch.export`, strict and not, dynamic, saved, decomposed"
+PRECISION = "`set_float32_matmul_precision`"
 # The doors, in the order of the table: what a test file, or the tests of it whose names begin so,
 # ask.
 DOORS = {
@@ -50,7 +51,10 @@ DOORS = {
     "conformance/test_gradients_needed.py": "only the gradients that are needed",
     "conformance/test_autocast.py": "autocast",
     "doors/test_precision.py::test_grad_scaler": "`GradScaler`",
-    "conformance/test_memory.py": "deterministic, memory linear in the length",
+    "doors/test_precision.py::test_float32": PRECISION,
+    "doors/test_precision.py::test_a_step": PRECISION,
+    "doors/test_deterministic.py": "`use_deterministic_algorithms`",
+    "conformance/test_memory.py": "the same bits in every run, memory linear in the length",
     "conformance/test_checkpoint.py": "activation checkpointing",
     "doors/test_checkpointing.py": "selective checkpointing by `save_list()`, eager and compiled",
     "doors/test_flops.py": "`FlopCounterMode` equal to hand counts",
