@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 
 import torch
@@ -56,15 +56,17 @@ def serving_cpu(room: str) -> Serving:
 
 
 def serving_cuda(room: str) -> Serving:
-    """CUDA C++ and Triton where the room has such kernels, and what they need is there."""
+    """CUDA C++ and Triton where the room has such kernels, and what they need is there.
+
+    The reference serves in place of CUDA C++, but not of Triton.
+    """
     folder = _library.PACKAGE / room
     kernels, missing = [], []
     if (folder / "cuda.py").exists():
-        reason = _library.load_cuda_library() if torch.cuda.is_available() else ""
-        if reason:
-            missing.append(reason)
-        else:
-            kernels.append("CUDA C++")
+        of_room = import_module(f"attn_ops.{room}.cuda")
+        reason = of_room.missing(torch.device("cuda")) if torch.cuda.is_available() else None
+        kernels.append("reference" if reason else "CUDA C++")
+        missing += [reason] if reason else []
     if any(folder.glob("triton*.py")):
         if triton_version() is None:
             missing.append("Triton")
@@ -72,7 +74,7 @@ def serving_cuda(room: str) -> Serving:
             kernels.append("Triton")
     if not torch.cuda.is_available():
         missing.append("a GPU, or a torch built for it")
-    kernel = f"{' and '.join(kernels)}; reference for float64" if kernels else "reference"
+    kernel = f"{' and '.join(kernels) or 'none'}; reference for float64"
     return Serving(room, "cuda", kernel, ", ".join(missing))
 
 

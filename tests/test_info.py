@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import attn_ops
 from attn_ops import _library, info
+from attn_ops.l1 import cuda as l1_cuda
 from tests.conformance.spec import all_specs
 
 
@@ -50,6 +52,48 @@ def test_missing_triton_is_named(room: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert "Triton" not in one.kernel
     assert "Triton" in one.missing
     assert "not installed" in info.report()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What torch says of a GPU; a library that loads; kernels in it that give their name."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(_library, "load_cuda_library", lambda: None)
+    monkeypatch.setattr(info, "triton_version", lambda: "3.6.0")
+    for op in ("_l1_fwd", "_l1_scores_fwd"):
+        monkeypatch.setattr(torch.ops.attn, f"{op}_cuda", lambda x: "CUDA C++", raising=False)
+    return properties
+
+
+def served(op: str) -> str:
+    """Which of the two a call reaches."""
+    return l1_cuda.kernel(op, lambda x: "reference")(torch.empty(0))
+
+
+@pytest.mark.parametrize("op", ("_l1_fwd", "_l1_scores_fwd"))
+def test_cuda_line_agrees_with_what_the_op_does(op: str, gpu: SimpleNamespace) -> None:
+    one = info.serving_cuda("l1")
+    assert one.kernel.startswith("CUDA C++ and Triton") and served(op) == "CUDA C++"
+    assert not one.missing
+
+
+def test_too_little_shared_memory_is_named(gpu: SimpleNamespace) -> None:
+    """Of most GPUs that are not in data centres."""
+    gpu.shared_memory_per_block_optin = 99 << 10
+    one = info.serving_cuda("l1")
+    assert one.kernel.startswith("reference and Triton") and served("_l1_fwd") == "reference"
+    assert "227 KB of shared memory" in one.missing and "99" in one.missing
+
+
+def test_a_cuda_library_that_does_not_load_is_named(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_library, "load_cuda_library", lambda: "it does not load: no such file")
+    one = info.serving_cuda("l1")
+    assert one.kernel.startswith("reference and Triton") and served("_l1_fwd") == "reference"
+    assert "no such file" in one.missing
 
 
 def run(program: str, **environment: str) -> str:
