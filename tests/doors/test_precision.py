@@ -112,7 +112,7 @@ def test_a_step_is_full_float32_whatever_the_setting(setting: str, device: torch
     x = torch.randn(2, 3, 1, 64, device=device)
     state, key_sum = torch.randn(2, 3, 64, 64, device=device), torch.rand(2, 3, 64, device=device)
     exact = [t.double() for t in (x, x, x, state, key_sum)]
-    options = {"feature_map": "elu_plus_one"}
+    options: dict[str, Any] = {"feature_map": "elu_plus_one"}
     expected = [attn_ops.linear_attention_step(*exact, **options), *exact[3:]]
     with matmul_precision(setting):
         out = attn_ops.linear_attention_step(x, x, x, state, key_sum, **options)
