@@ -21,6 +21,7 @@ OPCHECK = "`torch.library.opcheck`"
 COMPILE = "`torch.compile`, dynamic lengths, no graph break"
 EXPORT = "`torch.export`, strict and not, dynamic, saved, decomposed"
 PRECISION = "`set_float32_matmul_precision`"
+SUBCLASSES = "tensor subclasses, plain and with `__torch_dispatch__`"
 # The doors, in the order of the table: what a test file, or the tests of it whose names begin so,
 # ask.
 DOORS = {
@@ -60,6 +61,11 @@ DOORS = {
     "doors/test_flops.py": "`FlopCounterMode` equal to hand counts",
     "doors/test_tracing.py::test_profiler": "profiler shows the op",
     "doors/test_tracing.py::test_fake": "`FakeTensorMode`",
+    "doors/test_modes.py::test_dispatch_mode": "dispatch modes, that look and that replace",
+    "doors/test_modes.py::test_function_mode": "function modes, likewise",
+    "doors/test_modes.py::test_plain": SUBCLASSES,
+    "doors/test_modes.py::test_wrapper": SUBCLASSES,
+    "doors/test_modes.py::test_a_step": SUBCLASSES,
     "conformance/test_meta.py": "meta device",
     "doors/test_dtensor.py": "DTensor over batch and heads",
     "doors/test_fsdp_tensor_parallel.py": "FSDP2 and tensor parallelism of the GPT",
