@@ -32,7 +32,7 @@ demo: $(VENV)/.installed-examples
 	$(RUN) compile_examples/train_gpt.py $(DEMO_ARGS)
 
 test: lint compile-elsewhere
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

@@ -284,7 +284,6 @@ def main(argv: list[str] | None = None) -> None:
     if size.steps > POINTS and size.steps % POINTS:
         parser.error(f"--steps above {POINTS} must be a multiple of it, got {size.steps}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")  # TF32, where there is such a thing
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)
     for layers, norm, attention in itertools.product((1, 2), (False, True), args.only):
@@ -296,4 +295,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")  # TF32, where there is such a thing
     main()

@@ -11,7 +11,7 @@ import pytest
 
 NAMES = (
     "torch.autograd.function._SingleLevelFunction",
-    "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    "torch._C._set_fwd_grad_enabled",
     "torch.autograd.forward_ad._current_level",
     "torch._functorch.utils.enable_single_level_autograd_function",
     "torch._C._any_requires_grad",
@@ -121,4 +121,5 @@ def test_without_single_level_functions_the_rest_raises_instead_of_returning_zer
 
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_every_private_name_may_be_the_one_that_is_missing(name: str) -> None:
-    run(name, BACKWARD, FORWARD_MODE)
+    """All that follows is the same: one op shows it."""
+    run(name, "problems = problems[:1]", BACKWARD, FORWARD_MODE)

@@ -82,5 +82,5 @@ pathlib.Path.exists = lambda self: self.name == "libattn_ops.so" or exists(self)
 
 
 def test_a_library_that_does_not_load_is_said_with_the_reason() -> None:
-    done = run(BROKEN, SETUP, NUMERICS)
+    done = run(BROKEN, SETUP, OPCHECK)
     assert "libattn_ops.so does not load: undefined symbol: something" in done.stderr
