@@ -173,6 +173,8 @@ def check(compiled: list[tuple[str, Any]], capability: int, most: int = STACK) -
         (80, torch.float32, 64, True, STACK),
         (80, torch.bfloat16, 80, False, STACK),
         (80, torch.bfloat16, 256, True, STACK),
+        (89, torch.bfloat16, 128, True, STACK),
+        (100, torch.float16, 128, True, STACK),
     ],
 )
 def test_kernels_of_cosine_sim_fit(
@@ -201,6 +203,8 @@ def test_kernels_of_cosine_sim_fit(
         (90, torch.float16, 128, True, STACK),
         (80, torch.bfloat16, 128, True, STACK),
         (80, torch.bfloat16, 256, False, STACK),
+        (89, torch.float16, 64, True, STACK),
+        (100, torch.bfloat16, 128, False, STACK),
     ],
 )
 def test_kernels_of_linear_fit(
