@@ -32,6 +32,23 @@ def _fold(x: Tensor, dim: int | None, size: int, place: str, heads: int) -> Tens
     return x.flatten(at, at + 1)
 
 
+def _fold_all(
+    args: tuple[Any, ...], dims: dict[int, int | None], size: int, places: Sequence[str]
+) -> tuple[list[Any], dict[int, bool]]:
+    """All arguments folded, and of masks and biases whether all heads share them."""
+    first = dims[0]
+    heads = args[0].shape[1 if first is None or first > 1 else 2]
+    folded, shared = list(args), {}
+    for i, place in enumerate(places):
+        x, dim = args[i], dims[i]
+        if x is None or place == NOWHERE:
+            continue
+        if place == SCORES:
+            shared[i] = (x if dim is None else x.movedim(dim, 0)[0]).shape[1] == 1
+        folded[i] = _fold(x, dim, size, place, heads)
+    return folded, shared
+
+
 def _unfold(x: Tensor, size: int, place: str, shared: bool) -> tuple[Tensor, int]:
     at = 0 if place == HEADS else 1
     x = x.unflatten(at, (size, -1))
@@ -39,13 +56,18 @@ def _unfold(x: Tensor, size: int, place: str, shared: bool) -> tuple[Tensor, int
 
 
 def register(
-    op: str, inputs: Sequence[str], outputs: Sequence[str], gradient_of: Sequence[int] | None = None
+    op: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    gradient_of: Sequence[int] | None = None,
+    written: Sequence[int] = (),
 ) -> None:
     """vmap for `attn::op`.
 
     inputs: the place of the heads in each leading tensor argument (the first BATCH_HEADS one is
         taken to have all query heads); outputs: the same for each output.
     gradient_of: for a backward op, the argument that each output is the gradient of.
+    written: the arguments that the op writes to.
     """
     overload = getattr(torch.ops.attn, op).default
 
@@ -53,16 +75,16 @@ def register(
         dims = dict(enumerate(in_dims[: len(inputs)]))
         if any(place == NOWHERE and dims[i] is not None for i, place in enumerate(inputs)):
             return _one_by_one(overload, info.batch_size, in_dims, args)
-        heads = args[0].shape[1 if dims[0] is None else (1 if dims[0] > 1 else 2)]
-        folded, shared = list(args), {}
-        for i, place in enumerate(inputs):
-            x, dim = args[i], dims[i]
-            if x is None or place == NOWHERE:
-                continue
-            if place == SCORES:
-                shared[i] = (x if dim is None else x.movedim(dim, 0)[0]).shape[1] == 1
-            folded[i] = _fold(x, dim, info.batch_size, place, heads)
+        for i in written:
+            if dims[i] is None:
+                name, copies = overload._schema.arguments[i].name, info.batch_size
+                message = f"must be mapped by vmap, got one for {copies} copies that write to it"
+                raise ValueError(f"{op.strip('_')}: {name} {message}")
+        folded, shared = _fold_all(args, dims, info.batch_size, inputs)
         results = overload(*folded)
+        for i in written:  # what could not be folded as a view was written to in vain
+            x, at = _unfold(folded[i], info.batch_size, inputs[i], False)
+            args[i].copy_(x.movedim(at, dims[i]))
         if isinstance(results, Tensor):
             return _unfold(results, info.batch_size, outputs[0], False)
         unfolded: list[tuple[Tensor, int | None]] = []

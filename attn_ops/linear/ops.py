@@ -290,6 +290,12 @@ _vmap.register(
     (*[_vmap.BATCH_HEADS] * 3, *_FORWARD_PLACES, *[_vmap.BATCH_HEADS] * 2),
     [_FORWARD_PLACES[i] for i in _DIFFERENTIABLE],
 )
+_vmap.register(
+    "_linear_step",
+    [*[_vmap.BATCH_HEADS] * 5, _vmap.HEADS],  # query, key, value, state, key_sum, decay
+    [_vmap.BATCH_HEADS],
+    written=(3, 4),
+)
 _vmap.register("_linear_grad_decay", (*[_vmap.BATCH_HEADS] * 3, *_FORWARD_PLACES), [_vmap.HEADS])
 
 

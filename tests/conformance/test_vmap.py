@@ -78,6 +78,41 @@ def test_mapped_dimensions_of_different_places(spec: OpSpec, device: torch.devic
     assert_maps(spec, "everything", device, dims)
 
 
+def test_structures_of_in_dims_and_out_dims(spec: OpSpec, device: torch.device) -> None:
+    """A dict and a list of arguments, results mapped at other places, one that is not mapped."""
+    tensors, rest = tensors_and_rest(spec, "everything", device)
+    dims: dict[str, int | None] = dict.fromkeys(tensors, -1) | {"query": 1, "key": None}
+    inputs = {n: x if (d := dims[n]) is None else copies_of(x, d) for n, x in tensors.items()}
+    names = list(tensors)[2:]
+
+    def function(pair: dict[str, Tensor], others: list[Tensor]) -> tuple[Any, Tensor]:
+        return spec.run(**pair, **dict(zip(names, others)), **rest), pair["key"]
+
+    out_dims = tuple(range(-1, len(spec.results) - 1))
+    results, key = vmap(
+        function,
+        in_dims=({n: dims[n] for n in ("query", "key")}, [dims[n] for n in names]),
+        out_dims=(out_dims, None),
+    )({n: inputs[n] for n in ("query", "key")}, [inputs[n] for n in names])
+    assert torch.equal(key, tensors["key"])
+    for i in range(COPIES):
+        copy = {n: x if (d := dims[n]) is None else x.select(d, i) for n, x in inputs.items()}
+        expected = spec.formula(**copy, **rest)
+        for name, a, e, dim in zip(spec.results, results, expected, out_dims):
+            assert_same(name, a.select(dim, i).contiguous(), e)
+
+
+def test_some_copies_at_a_time(spec: OpSpec, device: torch.device) -> None:
+    tensors, rest = tensors_and_rest(spec, "everything", device)
+    queries = copies_of(tensors["query"], -1)
+
+    def function(query: Tensor) -> Tensor:
+        return spec.out(**(tensors | {"query": query}), **rest)
+
+    at_once = vmap(function, in_dims=-1, out_dims=1)(queries)
+    assert_same("out", vmap(function, -1, 1, chunk_size=COPIES - 1)(queries), at_once)
+
+
 def test_nested(spec: OpSpec, device: torch.device) -> None:
     tensors, rest = tensors_and_rest(spec, "everything", device)
 

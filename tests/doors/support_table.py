@@ -22,6 +22,7 @@ COMPILE = "`torch.compile`, dynamic lengths, no graph break"
 EXPORT = "`torch.export`, strict and not, dynamic, saved, decomposed"
 PRECISION = "`set_float32_matmul_precision`"
 SUBCLASSES = "tensor subclasses, plain and with `__torch_dispatch__`"
+VMAP = "`vmap`, per-sample gradients"
 # The doors, in the order of the table: what a test file, or the tests of it whose names begin so,
 # ask.
 DOORS = {
@@ -43,7 +44,8 @@ DOORS = {
     "doors/test_onnx.py": "ONNX, run in onnxruntime",
     "conformance/test_autograd.py": "gradcheck, gradgradcheck, forward mode",
     "conformance/test_func.py": "`torch.func`: grad, jvp, vjp, Jacobians, Hessian, nested",
-    "conformance/test_vmap.py": "`vmap`, per-sample gradients",
+    "conformance/test_vmap.py": VMAP,
+    "linear/test_step.py::test_vmap": VMAP,
     "conformance/test_packed_vmap.py": "`vmap` over packed sequences",
     "doors/test_autograd.py::test_anomaly": "anomaly mode",
     "doors/test_autograd.py::test_hooks": "hooks of tensors and of saved tensors",

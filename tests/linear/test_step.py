@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 import attn_ops
 from tests.comparison import assert_same
@@ -100,6 +101,42 @@ def test_passes_opcheck(
     torch.library.opcheck(step.default, args, options)
     private = (*args, options.get("decay"), 0.125, "elu_plus_one")
     torch.library.opcheck(torch.ops.attn._linear_step.default, private)
+
+
+@pytest.mark.parametrize(
+    "dims",
+    ((0, 0, 0, 0, 0, 0), (1, 0, None, 2, 3, None), (None, -1, 1, -1, -1, -1)),
+    ids=("in front", "anywhere", "at the end"),
+)
+def test_vmap_writes_to_the_state_of_each_copy(
+    dims: tuple[int | None, ...], device: torch.device
+) -> None:
+    """Folded into the heads as a view or as a copy."""
+    copies = 3
+    tensors = (*inputs(torch.float32, device), *states(device), decay(device))
+    mapped = tuple(
+        x if dim is None else torch.stack([x / (i + 1) for i in range(copies)], dim)
+        for x, dim in zip(tensors, dims)
+    )
+    looped = tuple(x.clone() for x in mapped)
+
+    def one(*tensors: Tensor) -> Tensor:
+        return step(*tensors[:5], decay=tensors[5], **OPTIONS)
+
+    out = vmap(one, in_dims=dims)(*mapped)
+    expected = [
+        one(*(x if dim is None else x.select(dim, i) for x, dim in zip(looped, dims)))
+        for i in range(copies)
+    ]
+    assert_same("out", out, torch.stack(expected))
+    for name, i in (("state", 3), ("key_sum", 4)):
+        assert_same(name, mapped[i].contiguous(), looped[i].contiguous())
+
+
+def test_vmap_over_one_state_is_refused(device: torch.device) -> None:
+    tensors = (*(torch.stack([x, x]) for x in inputs(torch.float32, device)), *states(device))
+    with pytest.raises(ValueError, match="linear_step: state must be mapped by vmap"):
+        vmap(lambda *xs: step(*xs, **OPTIONS), in_dims=(0, 0, 0, None, None))(*tensors)
 
 
 def generated(function: Any, device: torch.device, count: int = 4) -> tuple[Tensor, ...]:
