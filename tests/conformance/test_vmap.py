@@ -1,6 +1,6 @@
 """`torch.func.vmap`: whatever is mapped, wherever the mapped dimension stands, and under `grad`."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -81,18 +81,18 @@ def test_mapped_dimensions_of_different_places(spec: OpSpec, device: torch.devic
 def test_structures_of_in_dims_and_out_dims(spec: OpSpec, device: torch.device) -> None:
     """A dict and a list of arguments, results mapped at other places, one that is not mapped."""
     tensors, rest = tensors_and_rest(spec, "everything", device)
-    dims: dict[str, int | None] = dict.fromkeys(tensors, -1) | {"query": 1, "key": None}
+    dims: dict[str, Any] = {**dict.fromkeys(tensors, -1), "query": 1, "key": None}
     inputs = {n: x if (d := dims[n]) is None else copies_of(x, d) for n, x in tensors.items()}
     names = list(tensors)[2:]
 
     def function(pair: dict[str, Tensor], others: list[Tensor]) -> tuple[Any, Tensor]:
         return spec.run(**pair, **dict(zip(names, others)), **rest), pair["key"]
 
-    out_dims = tuple(range(-1, len(spec.results) - 1))
+    out_dims: Any = tuple(range(-1, len(spec.results) - 1))
     results, key = vmap(
         function,
         in_dims=({n: dims[n] for n in ("query", "key")}, [dims[n] for n in names]),
-        out_dims=(out_dims, None),
+        out_dims=cast(Any, (out_dims, None)),
     )({n: inputs[n] for n in ("query", "key")}, [inputs[n] for n in names])
     assert torch.equal(key, tensors["key"])
     for i in range(COPIES):
