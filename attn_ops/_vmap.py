@@ -33,7 +33,7 @@ def _fold(x: Tensor, dim: int | None, size: int, place: str, heads: int) -> Tens
 
 
 def _fold_all(
-    args: tuple[Any, ...], dims: dict[int, int | None], size: int, places: Sequence[str]
+    args: tuple[Any, ...], dims: dict[int, Any], size: int, places: Sequence[str]
 ) -> tuple[list[Any], dict[int, bool]]:
     """All arguments folded, and of masks and biases whether all heads share them."""
     first = dims[0]
@@ -55,6 +55,15 @@ def _unfold(x: Tensor, size: int, place: str, shared: bool) -> tuple[Tensor, int
     return (x.sum(2, keepdim=True) if shared else x), at
 
 
+def _check_written(overload: Any, written: Sequence[int], dims: dict[int, Any], size: int) -> None:
+    """Every copy writes to something of its own."""
+    for i in written:
+        if dims[i] is None:
+            op, name = overload._opname.strip("_"), overload._schema.arguments[i].name
+            message = f"must be mapped by vmap, got one for {size} copies that write to it"
+            raise ValueError(f"{op}: {name} {message}")
+
+
 def register(
     op: str,
     inputs: Sequence[str],
@@ -72,14 +81,10 @@ def register(
     overload = getattr(torch.ops.attn, op).default
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        dims = dict(enumerate(in_dims[: len(inputs)]))
+        dims: dict[int, Any] = dict(enumerate(in_dims[: len(inputs)]))
         if any(place == NOWHERE and dims[i] is not None for i, place in enumerate(inputs)):
             return _one_by_one(overload, info.batch_size, in_dims, args)
-        for i in written:
-            if dims[i] is None:
-                name, copies = overload._schema.arguments[i].name, info.batch_size
-                message = f"must be mapped by vmap, got one for {copies} copies that write to it"
-                raise ValueError(f"{op.strip('_')}: {name} {message}")
+        _check_written(overload, written, dims, info.batch_size)
         folded, shared = _fold_all(args, dims, info.batch_size, inputs)
         results = overload(*folded)
         for i in written:  # what could not be folded as a view was written to in vain
