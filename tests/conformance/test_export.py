@@ -80,6 +80,36 @@ def test_exported_program_runs_at_other_lengths(
 
 
 @pytest.mark.parametrize("strict", (True, False), ids=("strict", "not strict"))
+def test_dynamic_dimensions_keep_their_ranges(
+    spec: OpSpec, strict: bool, device: torch.device
+) -> None:
+    """As the caller gives them, no narrower; beyond them the program refuses."""
+    tensors, options = arguments_of(spec, spec.cases["plain"], SIZES, device)
+    sizes = {**SIZES, "edges": SIZES["queries"] + SIZES["keys"] - 1}
+    dims = {size: torch.export.Dim(name, min=2, max=40) for name, size in sizes.items()}
+    shapes = {
+        name: {i: dims[size] for i, size in enumerate(x.shape) if size in dims}
+        for name, x in tensors.items()
+    }
+    program = torch.export.export(
+        Attention(spec, options), (tensors,), dynamic_shapes=(shapes,), strict=strict
+    )
+    ranges = {(int(r.lower), int(r.upper)) for r in program.range_constraints.values()}
+    assert ranges == {(2, 40)}
+
+    def run(**sizes: int) -> tuple[Tensor, ...]:
+        others, _ = arguments_of(spec, spec.cases["plain"], sizes, device)
+        results = as_tuple(program.module()(others))
+        for name, actual, wanted in zip(spec.results, results, spec.run(**others, **options)):
+            assert_same(name, actual, wanted)
+        return results
+
+    run(batch=2, queries=20, keys=20)
+    with pytest.raises((AssertionError, RuntimeError), match="40"):
+        run(batch=41, queries=20, keys=20)
+
+
+@pytest.mark.parametrize("strict", (True, False), ids=("strict", "not strict"))
 def test_exported_graph_keeps_the_public_op_and_decomposes_to_the_private_one(
     spec: OpSpec, strict: bool, device: torch.device
 ) -> None:

@@ -41,7 +41,11 @@ class AllOps(nn.Module):
             for name, op in self.ops.items()
         }
 
-    def exported(self) -> torch.export.ExportedProgram:
+    def exported_at(self) -> tuple[tuple[Inputs], tuple[Any]]:
+        """The arguments that it is exported with, and which of their dimensions are dynamic."""
         inputs = self.inputs(SIZES)
-        shapes = ({name: dynamic_shapes(tensors) for name, tensors in inputs.items()},)
-        return torch.export.export(self, (inputs,), dynamic_shapes=shapes, strict=False)
+        return (inputs,), ({name: dynamic_shapes(tensors) for name, tensors in inputs.items()},)
+
+    def exported(self) -> torch.export.ExportedProgram:
+        args, shapes = self.exported_at()
+        return torch.export.export(self, args, dynamic_shapes=shapes, strict=False)

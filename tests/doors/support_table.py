@@ -61,7 +61,7 @@ DOORS = {
     "conformance/test_checkpoint.py": "activation checkpointing",
     "doors/test_checkpointing.py": "selective checkpointing by `save_list()`, eager and compiled",
     "doors/test_flops.py": "`FlopCounterMode` equal to hand counts",
-    "doors/test_tracing.py::test_profiler": "profiler shows the op",
+    "doors/test_tracing.py::test_profiler": "profiler and its trace show the op",
     "doors/test_tracing.py::test_fake": "`FakeTensorMode`",
     "doors/test_modes.py::test_dispatch_mode": "dispatch modes, that look and that replace",
     "doors/test_modes.py::test_function_mode": "function modes, likewise",
@@ -70,6 +70,7 @@ DOORS = {
     "doors/test_modes.py::test_a_step": SUBCLASSES,
     "conformance/test_meta.py": "meta device",
     "doors/test_dtensor.py": "DTensor over batch and heads",
+    "doors/test_context_parallel.py": "context parallel over the sequence",
     "doors/test_fsdp_tensor_parallel.py": "FSDP2 and tensor parallelism of the GPT",
 }
 # Files whose tests ask one op.

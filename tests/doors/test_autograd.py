@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,28 @@ def test_hooks_after_accumulation(spec: OpSpec, device: torch.device) -> None:
     for leaf, e in zip(leaves, expected):
         assert leaf.grad is not None
         assert_same("accumulated", leaf.grad, 2 * e)
+
+
+def test_hooks_of_nodes_change_what_goes_in_and_out(spec: OpSpec, device: torch.device) -> None:
+    """Before and after the backward of the op itself, which is linear in what goes in."""
+    arguments = spec.build(spec.cases["plain"], torch.float32, device)
+    query = arguments["query"] = arguments["query"].detach().requires_grad_()
+    out = spec.out(**arguments)
+    grad = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, query, grad, retain_graph=True)
+    node: Any = out.grad_fn
+    assert spec.forward._opname.strip("_") in node.name()
+    seen: list[tuple[Any, Any]] = []
+    before = node.register_prehook(lambda grads: (2 * grads[0], *grads[1:]))
+    after = node.register_hook(lambda grads, of_results: seen.append((grads, of_results)))
+    (doubled,) = torch.autograd.grad(out, query, grad, retain_graph=True)
+    before.remove()
+    after.remove()
+    assert_same("doubled", doubled, 2 * expected)
+    ((grads, of_results),) = seen
+    assert_same("what came in", of_results[0], 2 * grad)
+    assert any(g is not None and torch.equal(g, doubled) for g in grads)
+    assert_same("without hooks", torch.autograd.grad(out, query, grad)[0], expected)
 
 
 def test_hooks_of_saved_tensors_unpack_what_was_packed(spec: OpSpec, device: torch.device) -> None:
