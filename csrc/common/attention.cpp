@@ -6,7 +6,6 @@
 
 namespace attn {
 
-using torch::stable::new_empty;
 using torch::stable::new_zeros;
 
 namespace {
@@ -77,9 +76,9 @@ void read_outputs(const char* op, const AttentionOutputs& o, AttentionProblem& p
 
 Tensor new_gradient(const Tensor& query, const OptionalTensor& input, bool wanted, View& target) {
   if (!wanted || !input.has_value()) {
-    return new_empty(query, {0}, input.has_value() ? input->scalar_type() : query.scalar_type());
+    return allocate(query, {0}, input.has_value() ? input->scalar_type() : query.scalar_type());
   }
-  Tensor gradient = new_empty(*input, input->sizes());
+  Tensor gradient = allocate(*input, input->sizes());
   target = view(gradient);
   return gradient;
 }

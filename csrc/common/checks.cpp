@@ -15,22 +15,35 @@ std::string shape_text(const Tensor& tensor) {
   return text.str();
 }
 
-void check_shape(const char* op, const char* name, const Tensor& tensor,
-                 std::initializer_list<int64_t> expected, bool or_one) {
-  const auto sizes = tensor.sizes();
-  bool fits = sizes.size() == expected.size();
+namespace {
+
+std::string expected_text(std::initializer_list<int64_t> expected) {
   std::ostringstream text;
-  size_t dim = 0;
+  const char* comma = "";
   for (const int64_t size : expected) {
-    fits = fits && (size < 0 || sizes[dim] == size || (or_one && sizes[dim] == 1));
-    text << (dim++ > 0 ? ", " : "");
+    text << comma;
     if (size < 0) {
       text << "any";
     } else {
       text << size;
     }
+    comma = ", ";
   }
-  STD_TORCH_CHECK(fits, op, ": ", name, " must have shape (", text.str(),
+  return text.str();
+}
+
+}  // namespace
+
+void check_shape(const char* op, const char* name, const Tensor& tensor,
+                 std::initializer_list<int64_t> expected, bool or_one) {
+  const auto sizes = tensor.sizes();
+  bool fits = sizes.size() == expected.size();
+  size_t dim = 0;
+  for (const int64_t size : expected) {
+    fits = fits && (size < 0 || sizes[dim] == size || (or_one && sizes[dim] == 1));
+    ++dim;
+  }
+  STD_TORCH_CHECK(fits, op, ": ", name, " must have shape (", expected_text(expected),
                   or_one ? "), 1 where broadcast, got " : "), got ", shape_text(tensor));
 }
 

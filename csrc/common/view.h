@@ -42,9 +42,17 @@ inline View view(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? view(*tensor) : View{};
 }
 
-inline Tensor empty_like_dtype(const Tensor& like, std::initializer_list<int64_t> sizes,
-                               ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+// A new tensor on the device of `like`, in its dtype unless another one is given.
+// torch::stable::new_empty looks its op up by name in every call, which costs more than the memory.
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  const ScalarType chosen = dtype.value_or(like.scalar_type());
+  int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(chosen));
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+      like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &code, /*layout=*/nullptr,
+      /*device=*/nullptr, 0, /*pin_memory=*/nullptr, &result));
+  return Tensor(result);
 }
 
 }  // namespace attn

@@ -13,8 +13,6 @@ namespace {
 
 constexpr const char* kOp = "cosine_sim";
 
-using torch::stable::new_empty;
-
 struct Options {
   const OptionalTensor& head_scale;
   const OptionalTensor& query_gain;
@@ -65,8 +63,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
     sdpa_forward(p, kernels(), query, key, value, out, lse);
     return {out, lse};
   }
-  Tensor out = new_empty(query, {p.B, p.H, p.M, p.E});
-  Tensor lse = new_empty(query, {p.B, p.H, p.M}, compute_dtype(dtype));
+  Tensor out = allocate(query, {p.B, p.H, p.M, p.E});
+  Tensor lse = allocate(query, {p.B, p.H, p.M}, compute_dtype(dtype));
   p.out = view(out);
   p.lse = view(lse);
   (dtype == ScalarType::Double ? kernels().forward_double : kernels().forward_float)(p);

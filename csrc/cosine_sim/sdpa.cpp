@@ -23,7 +23,7 @@ Tensor plain(const Tensor& tensor) {
 // [B, heads, length, D] normalised, in the dtype of the input.
 Tensor normalized(const Problem& p, const Kernels& kernels, const Tensor& tensor) {
   if (p.groups == 0) return plain(tensor);
-  Tensor result = torch::stable::new_empty(tensor, tensor.sizes());
+  Tensor result = allocate(tensor, tensor.sizes());
   kernels.normalize_float(p, view(tensor), tensor.size(1), tensor.size(2), view(result));
   return result;
 }

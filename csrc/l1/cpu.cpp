@@ -14,8 +14,6 @@ namespace {
 constexpr const char* kOp = "l1";
 constexpr const char* kScores = "l1_scores";
 
-using torch::stable::new_empty;
-
 const Kernels& kernels() {
 #if defined(__x86_64__)
   if (best_isa() == Isa::avx512) return avx512_kernels();
@@ -42,8 +40,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   read_arguments(kOp,
                  {query, key, value, mask, bias, relative_bias, sink, start, stop, left, right}, p);
   const ScalarType dtype = query.scalar_type();
-  Tensor out = new_empty(query, {p.B, p.H, p.M, p.E});
-  Tensor lse = new_empty(query, {p.B, p.H, p.M}, compute_dtype(dtype));
+  Tensor out = allocate(query, {p.B, p.H, p.M, p.E});
+  Tensor lse = allocate(query, {p.B, p.H, p.M}, compute_dtype(dtype));
   p.out = view(out);
   p.lse = view(lse);
   (dtype == ScalarType::Double ? kernels().forward_double : kernels().forward_float)(p);
@@ -95,7 +93,7 @@ Problem make_scores_problem(const Tensor& query, const Tensor& key, double scale
 Tensor scores_forward(const Tensor& query, const Tensor& key, double scale,
                       std::optional<double> eps) {
   Problem p = make_scores_problem(query, key, scale, eps);
-  Tensor scores = new_empty(query, {p.B, p.H, p.M, p.N});
+  Tensor scores = allocate(query, {p.B, p.H, p.M, p.N});
   p.out = view(scores);
   const bool is_double = query.scalar_type() == ScalarType::Double;
   (is_double ? kernels().scores_double : kernels().scores_float)(p);

@@ -13,8 +13,6 @@ namespace {
 
 constexpr const char* kOp = "l1_sparse";
 
-using torch::stable::new_empty;
-
 struct Arguments {
   const Tensor& query;
   const Tensor& key;
@@ -88,8 +86,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
                             col_queries, col_edges, softmax, sink, scale},
                            kept);
   const ScalarType dtype = query.scalar_type();
-  Tensor out = new_empty(query, {p.B, p.H, p.M, p.E});
-  Tensor weight = new_empty(query, {p.B, p.H, p.edges.count}, compute_dtype(dtype));
+  Tensor out = allocate(query, {p.B, p.H, p.M, p.E});
+  Tensor weight = allocate(query, {p.B, p.H, p.edges.count}, compute_dtype(dtype));
   p.out = view(out);
   p.weight = view(weight);
   (dtype == ScalarType::Double ? kernels().forward_double : kernels().forward_float)(p);
@@ -124,7 +122,7 @@ Four backward(const Tensor& grad_out, const Tensor& query, const Tensor& key, co
               new_gradient(query, value, output_mask[2], g.value),
               new_gradient(query, value_reverse, output_mask[3], g.reverse)};
   if (g.query || g.key) {
-    kept.push_back(new_empty(dense_weight, dense_weight.sizes()));
+    kept.push_back(allocate(dense_weight, dense_weight.sizes()));
     g.grad_score = view(kept.back());
   }
   (dtype == ScalarType::Double ? kernels().backward_double : kernels().backward_float)(p, g);

@@ -14,8 +14,6 @@ namespace {
 
 constexpr const char* kOp = "l1_sparse";
 
-using torch::stable::new_empty;
-
 int64_t* data(const Tensor& tensor) {
   return static_cast<int64_t*>(tensor.data_ptr());
 }
@@ -70,7 +68,7 @@ Five sort_edges(const Tensor& edges, int64_t num_queries, int64_t num_keys) {
   std::vector<int64_t> queries(length), keys(length), by_key(length), key_queries(length);
   (wide ? read<int64_t> : read<int32_t>)(edges, queries, keys, num_queries, num_keys);
 
-  const auto list = [&](int64_t size) { return new_empty(edges, {size}, ScalarType::Long); };
+  const auto list = [&](int64_t size) { return allocate(edges, {size}, ScalarType::Long); };
   Five result{list(num_queries + 1), list(length), list(num_keys + 1), list(length), list(length)};
   int64_t* const row_start = data(std::get<0>(result));
   int64_t* const row_keys = data(std::get<1>(result));

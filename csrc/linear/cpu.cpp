@@ -14,8 +14,6 @@ namespace {
 
 constexpr const char* kOp = "linear";
 
-using torch::stable::new_empty;
-
 struct Arguments {
   const Tensor& query;
   const Tensor& key;
@@ -135,13 +133,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       {query, key, value, mask, decay, state, key_sum, offsets, causal, eps, feature_map});
   const ScalarType dtype = query.scalar_type();
   const ScalarType sums = compute_dtype(dtype);
-  Tensor out = new_empty(query, {p.B, p.H, p.M, p.E});
+  Tensor out = allocate(query, {p.B, p.H, p.M, p.E});
   Tensor denominator =
-      p.normalized ? new_empty(query, {p.B, p.H, p.M}, sums) : new_empty(query, {0}, sums);
+      p.normalized ? allocate(query, {p.B, p.H, p.M}, sums) : allocate(query, {0}, sums);
   Tensor final_state =
-      p.state ? new_empty(query, {p.B, p.H, p.F, p.E}, sums) : new_empty(query, {0}, sums);
+      p.state ? allocate(query, {p.B, p.H, p.F, p.E}, sums) : allocate(query, {0}, sums);
   Tensor final_key_sum =
-      p.state ? new_empty(query, {p.B, p.H, p.F}, sums) : new_empty(query, {0}, sums);
+      p.state ? allocate(query, {p.B, p.H, p.F}, sums) : allocate(query, {0}, sums);
   p.out = view(out);
   if (p.normalized) p.denominator = view(denominator);
   if (p.state) {
@@ -155,8 +153,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
 // The gradient of an input if it is wanted, else an empty tensor.
 Tensor new_gradient(const Tensor& grad_out, const OptionalTensor& input, bool wanted,
                     View& target) {
-  if (!wanted || !input.has_value()) return new_empty(grad_out, {0});
-  Tensor gradient = new_empty(*input, input->sizes());
+  if (!wanted || !input.has_value()) return allocate(grad_out, {0});
+  Tensor gradient = allocate(*input, input->sizes());
   if (grad_out.size(1) == 0) torch::stable::zero_(gradient);  // no head walks over the keys
   target = view(gradient);
   return gradient;
@@ -222,7 +220,7 @@ Tensor step(const Tensor& query, const Tensor& key, const Tensor& value, const T
   Problem p = make_problem(
       {query, key, value, none, decay, some_state, some_key_sum, none, true, eps, feature_map});
   check_shape(kOp, "query", query, {p.B, p.H, 1, p.D});
-  Tensor out = new_empty(query, {p.B, p.H, 1, p.E});
+  Tensor out = allocate(query, {p.B, p.H, 1, p.E});
   p.out = view(out);
   const bool is_double = query.scalar_type() == ScalarType::Double;
   (is_double ? kernels().step_double : kernels().step_float)(p);
