@@ -1,1 +1,1 @@
-"""Attention over several processes: how DTensor may shard it."""
+"""Attention over several processes: how DTensor may shard it, and context parallel."""

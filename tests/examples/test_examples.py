@@ -20,6 +20,7 @@ LONGER = {
 }
 # What a reader is to see at the end.
 LAST_WORDS = {
+    "context_parallel.py": "in 2 processes",
     "distance_scaling.py": "Points are measured, lines the formulas",
     "dynamic_shapes.py": "another program, not causal: compiled 2 times",
     "export_aoti.py": "batch 7, length 300: largest difference",
