@@ -13,79 +13,82 @@ from tests.errors import ones
 Q, K, V = ones(2, 4, 6, 8), ones(2, 2, 6, 8), ones(2, 2, 6, 5)
 PACKED = ones(1, 4, 6, 8), ones(1, 2, 6, 8), ones(1, 2, 6, 5)
 OFFSETS = torch.tensor([0, 5, 12])
+BOTH = {"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS}
+ODD = [x[:, :, :5] for x in (Q, K, V)]
 
-
-def refusals(grid: DeviceMesh) -> dict[str, Callable[[], Any]]:
-    mesh = grid["context"]
-    plain, balanced = ContextParallel(mesh), ContextParallel(mesh, load_balance=True)
-    cosine, l1, linear = plain.cosine_sim_attention, plain.l1_attention, plain.linear_attention
-    offsets = {"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS}
-    odd = [x[:, :, :5] for x in (Q, K, V)]
-    return {
-        "ContextParallel: mesh must be a DeviceMesh, got str": lambda: ContextParallel("world"),  # type: ignore[arg-type]
-        "ContextParallel: load_balance must be a bool": lambda: ContextParallel(mesh, 1),  # type: ignore[arg-type]
-        'ContextParallel: mesh must have one dimension, like mesh["context"], got': lambda: (
-            ContextParallel(grid)
-        ),
-        "ContextParallel.shard: tensor must have a number of tokens that 2 divides, got (3, 5)": (
-            lambda: plain.shard(ones(3, 5), 1)
-        ),
-        "ContextParallel.shard: tensor must have a number of tokens that 4 divides, got (3, 6)": (
-            lambda: balanced.shard(ones(3, 6), 1)
-        ),
-        "ContextParallel.l1_attention: key must have a number of tokens that 2 divides": (
-            lambda: balanced.l1_attention(*odd)
-        ),
-        "ContextParallel.l1_attention: key must have as many tokens as query in causal": (
-            lambda: l1(Q[:, :, :4], K, V, causal=True)
-        ),
-        "ContextParallel.l1_attention: query must be a plain tensor with this rank's tokens": (
-            lambda: l1(distribute_tensor(Q, mesh, [Replicate()]), K, V)
-        ),
-        "ContextParallel.cosine_sim_attention: value must have [Hk, N]=(2, 6) like key": (
-            lambda: cosine(Q, K, V[:, :, :5])
-        ),
-        "ContextParallel.cosine_sim_attention: mask must have shape [B, L]=(2, 6), got (2, 12)": (
-            lambda: cosine(Q, K, V, ones(2, 12).bool())
-        ),
-        "ContextParallel.cosine_sim_attention: mask must have L=6 rows, of this rank, and N=12": (
-            lambda: cosine(Q, K, V, ones(1, 1, 6, 6).bool())
-        ),
-        "ContextParallel.cosine_sim_attention: relative_bias must have M+N-1=23 distances": (
-            lambda: cosine(Q, K, V, relative_bias=ones(4, 11))
-        ),
-        "ContextParallel.cosine_sim_attention: relative_bias must be None beside cu_seqlens_q": (
-            lambda: cosine(*PACKED, relative_bias=ones(4, 23), **offsets)
-        ),
-        "cosine_sim_with_lse: cu_seqlens_q must be given beside the other cu_seqlens, got None": (
-            lambda: cosine(*PACKED, cu_seqlens_k=OFFSETS, return_lse=True)
-        ),
-        "ContextParallel.cosine_sim_attention: window must be an int, got float": (
-            lambda: cosine(Q, K, V, causal=True, window=2.0)
-        ),
-        "cosine_sim: window must be at least 1, got 0": (
-            lambda: cosine(Q, K, V, causal=True, window=0)
-        ),
-        "l1_attention() got an unexpected keyword argument 'head_scale'": (
-            lambda: l1(Q, K, V, head_scale=ones(4))
-        ),
-        "ContextParallel.linear_attention: cu_seqlens must be None over ranks, got a Tensor": (
-            lambda: linear(*PACKED, cu_seqlens=OFFSETS)  # type: ignore[arg-type]
-        ),
-        "ContextParallel.linear_attention: decay must come with causal=True, got causal=False": (
-            lambda: linear(Q, K, V, decay=ones(4))
-        ),
-        "ContextParallel.linear_attention: mask must have shape [B, L]=(2, 6), got (2, 12)": (
-            lambda: linear(Q, K, V, mask=ones(2, 12).bool())
-        ),
-    }
+Call = Callable[..., Any]
+MAKING: dict[str, Call] = {
+    "mesh must be a DeviceMesh, got str": lambda grid: ContextParallel("world"),  # type: ignore[arg-type]
+    'mesh must have one dimension, like mesh["context"], got': lambda grid: ContextParallel(grid),
+    "load_balance must be a bool, got int": lambda grid: ContextParallel(grid["context"], 1),  # type: ignore[arg-type]
+}
+BALANCED: dict[str, Call] = {
+    "ContextParallel.shard: tensor must have a number of tokens that 4 divides, got (3, 6)": (
+        lambda context: context.shard(ones(3, 6), 1)
+    ),
+    "ContextParallel.l1_attention: key must have a number of tokens that 2 divides": (
+        lambda context: context.l1_attention(*ODD)
+    ),
+}
+IN_ORDER: dict[str, Call] = {
+    "ContextParallel.shard: tensor must have a number of tokens that 2 divides, got (3, 5)": (
+        lambda context: context.shard(ones(3, 5), 1)
+    ),
+    "ContextParallel.l1_attention: key must have as many tokens as query in causal attention": (
+        lambda context: context.l1_attention(Q[:, :, :4], K, V, causal=True)
+    ),
+    "ContextParallel.l1_attention: query must be a plain tensor with this rank's tokens, got": (
+        lambda context: context.l1_attention(
+            distribute_tensor(Q, context.mesh, [Replicate()]), K, V
+        )
+    ),
+    "ContextParallel.cosine_sim_attention: value must have [Hk, N]=(2, 6) like key, got": (
+        lambda context: context.cosine_sim_attention(Q, K, V[:, :, :5])
+    ),
+    "ContextParallel.cosine_sim_attention: mask must have shape [B, L]=(2, 6), got (2, 12)": (
+        lambda context: context.cosine_sim_attention(Q, K, V, ones(2, 12).bool())
+    ),
+    "ContextParallel.cosine_sim_attention: mask must have L=6 rows, of this rank, and N=12": (
+        lambda context: context.cosine_sim_attention(Q, K, V, ones(1, 1, 6, 6).bool())
+    ),
+    "ContextParallel.cosine_sim_attention: relative_bias must have M+N-1=23 distances, of all": (
+        lambda context: context.cosine_sim_attention(Q, K, V, relative_bias=ones(4, 11))
+    ),
+    "ContextParallel.cosine_sim_attention: relative_bias must be None beside cu_seqlens_q": (
+        lambda context: context.cosine_sim_attention(*PACKED, relative_bias=ones(4, 23), **BOTH)
+    ),
+    "cosine_sim: cu_seqlens_q must be given beside the other cu_seqlens, got None": (
+        lambda context: context.cosine_sim_attention(*PACKED, cu_seqlens_k=OFFSETS)
+    ),
+    "ContextParallel.cosine_sim_attention: window must be an int, got float": (
+        lambda context: context.cosine_sim_attention(Q, K, V, causal=True, window=2.0)
+    ),
+    "cosine_sim: window must be at least 1, got 0": (
+        lambda context: context.cosine_sim_attention(Q, K, V, causal=True, window=0)
+    ),
+    "l1_attention() got an unexpected keyword argument 'head_scale'": (
+        lambda context: context.l1_attention(Q, K, V, head_scale=ones(4))
+    ),
+    "ContextParallel.linear_attention: cu_seqlens must be None over ranks, got a Tensor": (
+        lambda context: context.linear_attention(*PACKED, cu_seqlens=OFFSETS)
+    ),
+    "ContextParallel.linear_attention: decay must come with causal=True, got causal=False": (
+        lambda context: context.linear_attention(Q, K, V, decay=ones(4))
+    ),
+    "ContextParallel.linear_attention: mask must have shape [B, L]=(2, 6), got (2, 12)": (
+        lambda context: context.linear_attention(Q, K, V, mask=ones(2, 12).bool())
+    ),
+}
 
 
 def check_refusals(grid: DeviceMesh) -> None:
-    for words, call in refusals(grid).items():
-        try:
-            call()
-        except (ValueError, TypeError, NotImplementedError) as error:
-            assert words in str(error), f"expected {words!r}, got {error!r}"
-        else:
-            raise AssertionError(f"nothing was refused: {words}")
+    in_order = ContextParallel(grid["context"])
+    balanced = ContextParallel(grid["context"], load_balance=True)
+    for calls, argument in ((MAKING, grid), (IN_ORDER, in_order), (BALANCED, balanced)):
+        for words, call in calls.items():
+            try:
+                call(argument)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                assert words in str(error), f"expected {words!r}, got {error!r}"
+            else:
+                raise AssertionError(f"nothing was refused: {words}")
