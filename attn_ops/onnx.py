@@ -5,7 +5,8 @@
 
 Every op is written out as the formula that is its specification (`reference.py` of its room), which
 holds [M, N] scores (`l1_sparse`: rows gathered by edge, sums scattered): a file that runs anywhere,
-not a fused kernel. Lengths, and numbers of edges, stay dynamic. The range of edges is not checked.
+not a fused kernel. Lengths, and numbers of edges, stay dynamic. The range of edges is not checked,
+and onnxruntime (1.31) needs one at least: its sums over empty tensors have a wrong shape.
 
 An ONNX program writes to no input: what `linear_step` does to its state and key_sum, and whatever
 else the program writes to, are further results, after its own. A decoder feeds them back, so its
