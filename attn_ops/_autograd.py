@@ -15,21 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 from attn_ops import _library
 
 unavailable: str | None = None
 try:
     from torch._C import (  # type: ignore[attr-defined]
+        DispatchKey,
         _after_autograd_keyset,
         _any_requires_grad,
+        _are_functorch_transforms_active,
         _AutoDispatchBelowAutograd,
+        _dispatch_tls_is_dispatch_key_excluded,
+        _dispatch_tls_is_dispatch_key_included,
+        _get_tracing_state,
+        _len_torch_dispatch_stack,
+        _set_fwd_grad_enabled,
+        _set_grad_enabled,
     )
     from torch._functorch.utils import enable_single_level_autograd_function
-    from torch.autograd.forward_ad import _set_fwd_grad_enabled
     from torch.autograd.function import _SingleLevelFunction
 
-    forward_ad._current_level  # noqa: B018  # read here so that its absence is found at import
+    # Read here so that their absence is found at import.
+    forward_ad._current_level  # noqa: B018
+    _AUTOGRAD, _PRE_DISPATCH = DispatchKey.AutogradFunctionality, DispatchKey.PreDispatch
 except (ImportError, AttributeError) as error:
     unavailable = f"torch {torch.__version__} lacks a private name: {error}"
 
@@ -40,13 +50,15 @@ Formula = Callable[..., Any]
 formulas: dict[str, Formula] = {}
 
 
-def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -> None:
+def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -> Formula:
     """Gives `attn::op` derivatives of every order in both modes.
 
     setup(ctx, args, output): saves.
     backward(ctx, *grad_outputs) -> a gradient or None per argument.
     formula(*args): the op in plain PyTorch. In forward mode it takes the op's place, so PyTorch
         itself differentiates it, whatever transforms are nested around.
+
+    Returns what the op's own composites and backwards call: the op, by the shortest way.
     """
     formulas[op] = formula
     overload = getattr(torch.ops.attn, op).default
@@ -57,25 +69,9 @@ def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -
             setup_context=lambda ctx, inputs, output: setup(ctx, inputs, output),
             lib=_library._library,
         )
-        return
+        return overload
 
-    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-        # _SingleLevelFunction switches both grad modes off; an outer functorch level still records.
-        with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
-            output = overload.redispatch(keyset & _after_autograd_keyset, *args)
-        setup(ctx, args, output)
-        return output
-
-    function: Any = type(
-        op.strip("_"),
-        (_SingleLevelFunction,),
-        {
-            "forward": staticmethod(forward),
-            "backward": staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads))),
-            # As `autograd.Function` has it: compiled autograd asks which function a node is of.
-            "_compiled_autograd_key": staticmethod(lambda ctx: (ctx._autograd_function_id,)),
-        },
-    )
+    function = _function(overload, setup, backward)
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
@@ -88,6 +84,85 @@ def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -
             return overload.redispatch(keyset & _after_autograd_keyset, *args)
 
     _library.implement(op, kernel, "Autograd", with_keyset=True)
+
+    def call(*args: Any) -> Any:
+        if not (_nothing_is_in_between() and _records_nothing_else()):
+            return overload(*args)
+        if torch.is_grad_enabled() and (args[0].requires_grad or _any_requires_grad(*args)):
+            return function.apply(None, *args)
+        with _AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    return call
+
+
+def _function(overload: Any, setup: Setup, backward: Formula) -> Any:
+    """The node of the graph. Its first argument is the keyset below autograd, None for all keys."""
+
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+        # `apply` switches both grad modes off until it returns; an outer functorch level still
+        # records.
+        _set_grad_enabled(True)
+        _set_fwd_grad_enabled(True)
+        with _AutoDispatchBelowAutograd():
+            if keyset is None:
+                output = overload(*args)
+            else:
+                output = overload.redispatch(keyset & _after_autograd_keyset, *args)
+        setup(ctx, args, output)
+        return output
+
+    body = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads))),
+        # As `autograd.Function` has it: compiled autograd asks which function a node is of.
+        "_compiled_autograd_key": staticmethod(lambda ctx: (ctx._autograd_function_id,)),
+    }
+    return type(overload._opname.strip("_"), (_SingleLevelFunction,), body)
+
+
+def composite(op: str, function: Formula) -> Formula:
+    """Registers `function`, made of other ops, as the meaning of the public `attn::op`.
+
+    Returns what the Python functions call: the op, by the shortest way. It takes options by name.
+    """
+    _library.decompose(op, function)
+    packet = getattr(torch.ops.attn, op)
+    floats = [a.name for a in packet.default._schema.arguments if "float" in str(a.type)]
+
+    def call(*args: Any, **options: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or unavailable is not None
+            or not _nothing_is_in_between()
+            or has_torch_function((*args, *options.values()))
+            or torch.autograd._profiler_enabled()  # which is to see the op
+        ):
+            return packet(*args, **options)
+        for name in floats:
+            if name in options:
+                options[name] = float(options[name])  # as the schema has it
+        return function(*args, **options)
+
+    return call
+
+
+def _nothing_is_in_between() -> bool:
+    """Whether the dispatcher would go from here to the kernel for autograd or for the device.
+
+    Then the way through the dispatcher, microseconds through two languages, can be left out.
+    """
+    return (
+        not _are_functorch_transforms_active()
+        and not _len_torch_dispatch_stack()
+        and _get_tracing_state() is None
+        and not _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    )
+
+
+def _records_nothing_else() -> bool:
+    """Whether of all kinds of derivatives a backward alone is recorded."""
+    return forward_ad._current_level < 0 and not _dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
 
 
 def check_forward_mode(op: str, *tensors: Tensor | None) -> None:

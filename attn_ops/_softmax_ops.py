@@ -21,6 +21,8 @@ from attn_ops import _autograd, _library, _vmap
 from attn_ops._checks import compute_dtype
 from attn_ops._in_blocks import InBlocks
 
+Kernel = Callable[..., Any]
+
 _PLACES = {
     "query": _vmap.BATCH_HEADS,
     "key": _vmap.BATCH_HEADS,
@@ -38,6 +40,7 @@ class PrivateOps:
     def __init__(self, room: str, blocks: InBlocks) -> None:
         self.forward, self.backward = f"_{room}_fwd", f"_{room}_bwd"
         self.blocks = blocks
+        self.call_backward: Kernel  # known when its own derivatives are
         schemas = [
             getattr(torch.ops.attn, op).default._schema for op in (self.forward, self.backward)
         ]
@@ -78,7 +81,7 @@ class PrivateOps:
             return tuple(grads)
         needed = _autograd.needed(ctx)
         output_mask = [needed[i] for i in self.differentiable]
-        results = getattr(torch.ops.attn, self.backward)(
+        results = self.call_backward(
             torch.zeros_like(out) if grad_out is None else grad_out,
             grad_lse,
             *tensors,
@@ -117,23 +120,24 @@ class PrivateOps:
         )
 
 
-Kernel = Callable[..., Any]
+def register(room: str, blocks: InBlocks, forward_cuda: Kernel, backward_cuda: Kernel) -> Kernel:
+    """Everything about the private ops of `room` but their kernels for the CPU.
 
-
-def register(room: str, blocks: InBlocks, forward_cuda: Kernel, backward_cuda: Kernel) -> None:
-    """Everything about the private ops of `room` but their kernels for the CPU."""
+    Returns what calls the private forward.
+    """
     ops = PrivateOps(room, blocks)
     _library.fake(ops.forward)(ops.fake_forward)
     _library.fake(ops.backward)(ops.fake_backward)
-    _autograd.differentiable(
+    call_forward = _autograd.differentiable(
         ops.forward, ops.save_forward, ops.forward_backward, blocks.forward_formula
     )
-    _autograd.differentiable(
+    ops.call_backward = _autograd.differentiable(
         ops.backward, ops.save_backward, ops.backward_backward, blocks.backward_formula
     )
     ops.batch()
     implement(ops.forward, blocks.forward, forward_cuda)
     implement(ops.backward, blocks.backward, backward_cuda)
+    return call_forward
 
 
 def implement(op: str, blocks: Kernel, cuda: Kernel) -> None:

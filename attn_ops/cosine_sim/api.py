@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from attn_ops._arguments import check_types
@@ -17,6 +16,7 @@ from attn_ops._checks import (
     check_rank,
     check_shape,
 )
+from attn_ops.cosine_sim import ops
 
 
 @overload
@@ -144,30 +144,39 @@ def cosine_sim_attention(
     Transformer V2, 2022 (learned temperature per head).
     """
     op = "cosine_sim_attention"
-    options: dict[str, Any] = {
-        "causal": causal,
-        "relative_bias": relative_bias,
-        "window": window,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "sink": sink,
-        "query_gain": query_gain,
-        "key_gain": key_gain,
-    }
-    check_types(op, query, key, value, mask=mask, bias=bias, head_scale=head_scale, **options)
+    options = check_types(
+        op,
+        query,
+        key,
+        value,
+        causal,
+        mask=mask,
+        bias=bias,
+        relative_bias=relative_bias,
+        window=window,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        sink=sink,
+        head_scale=head_scale,
+        query_gain=query_gain,
+        key_gain=key_gain,
+    )
     check_bool(op, "normalize", normalize)
     check_int(op, "groups", groups)
-    if isinstance(scale, Tensor):
-        head_scale, scale = _per_head(op, scale, head_scale, query), 1.0
-    options |= {"normalize": normalize, "groups": groups, "head_scale": head_scale}
+    if not normalize:
+        options["normalize"] = False
+    if groups != 1:
+        options["groups"] = groups
     # The compiler would read a default of 8.0 off this function as a symbolic float, and trace
     # again when the op makes it a number; the op's own default is a number from the start.
-    if scale is not None:
+    if isinstance(scale, Tensor):
+        options |= {"head_scale": _per_head(op, scale, head_scale, query), "scale": 1.0}
+    elif scale is not None:
         check_number(op, "scale", scale)
         options["scale"] = scale
     if return_lse:
-        return torch.ops.attn.cosine_sim_with_lse(query, key, value, mask, bias, **options)
-    return torch.ops.attn.cosine_sim(query, key, value, mask, bias, **options)
+        return ops.cosine_sim_with_lse(query, key, value, **options)
+    return ops.cosine_sim(query, key, value, **options)
 
 
 def _per_head(op: str, scale: Tensor, head_scale: Tensor | None, query: Tensor) -> Tensor:

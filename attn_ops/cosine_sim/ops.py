@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attn_ops import _autograd, _library, _softmax_ops
@@ -61,7 +60,7 @@ def _attention(
         check_parameter(op, "head_scale", head_scale, args.query)
         check_shape(op, "head_scale", head_scale, (heads,), "[H]")
         head_scale = head_scale.to(compute_dtype(args.query.dtype))
-    out, lse = torch.ops.attn._cosine_sim_fwd(
+    out, lse = _forward(
         args.query,
         args.key,
         args.value,
@@ -117,8 +116,8 @@ def _l2_normalize(x: Tensor, groups: int = 1) -> Tensor:
 
 
 _library.decompose("l2_normalize", _l2_normalize)
-_library.decompose("cosine_sim", _cosine_sim)
-_library.decompose("cosine_sim_with_lse", _cosine_sim_with_lse)
+cosine_sim = _autograd.composite("cosine_sim", _cosine_sim)
+cosine_sim_with_lse = _autograd.composite("cosine_sim_with_lse", _cosine_sim_with_lse)
 
 
 # --- kernels
@@ -132,4 +131,4 @@ def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     return _library.triton_room("cosine_sim").backward(*args)
 
 
-_softmax_ops.register("cosine_sim", ATTENTION, _forward_cuda, _backward_cuda)
+_forward = _softmax_ops.register("cosine_sim", ATTENTION, _forward_cuda, _backward_cuda)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from attn_ops._arguments import check_types
 from attn_ops._checks import check_number, check_tensor, check_text
+from attn_ops.l1 import ops
 
 
 @overload
@@ -124,19 +124,24 @@ def l1_attention(
     Source: the Laplace attention of Kim et al., Attentive Neural Processes, 2019.
     """
     op = "l1_attention"
-    options: dict[str, Any] = {
-        "causal": causal,
-        "relative_bias": relative_bias,
-        "window": window,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "sink": sink,
-    }
-    check_types(op, query, key, value, mask=mask, bias=bias, **options)
+    options = check_types(
+        op,
+        query,
+        key,
+        value,
+        causal,
+        mask=mask,
+        bias=bias,
+        relative_bias=relative_bias,
+        window=window,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        sink=sink,
+    )
     options |= _score_options(op, scale, score, eps)
     if return_lse:
-        return torch.ops.attn.l1_with_lse(query, key, value, mask, bias, **options)
-    return torch.ops.attn.l1(query, key, value, mask, bias, **options)
+        return ops.l1_with_lse(query, key, value, **options)
+    return ops.l1(query, key, value, **options)
 
 
 def l1_scores(
@@ -170,15 +175,17 @@ def l1_scores(
     op = "l1_scores"
     check_tensor(op, "query", query)
     check_tensor(op, "key", key)
-    return torch.ops.attn.l1_scores(query, key, **_score_options(op, scale, score, eps))
+    return ops.l1_scores(query, key, **_score_options(op, scale, score, eps))
 
 
 def _score_options(op: str, scale: float | None, score: str, eps: float | None) -> dict[str, Any]:
     """What differs from the defaults of the op, whose numbers the compiler takes for numbers."""
     check_text(op, "score", score)
-    options: dict[str, Any] = {"score": score}
-    for name, number in (("scale", scale), ("eps", eps)):
-        if number is not None:
-            check_number(op, name, number)
-            options[name] = number
+    options: dict[str, Any] = {} if score == "negative" else {"score": score}
+    if scale is not None:
+        check_number(op, "scale", scale)
+        options["scale"] = scale
+    if eps is not None:
+        check_number(op, "eps", eps)
+        options["eps"] = eps
     return options

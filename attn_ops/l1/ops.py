@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attn_ops import _autograd, _library, _softmax_ops, _vmap
-from attn_ops._arguments import autocast, check_scale, check_sizes, fold, fold_layout
+from attn_ops._arguments import autocast, check_scale, fold, fold_tensors
 from attn_ops._checks import compute_dtype, fail
 from attn_ops.l1 import cuda, in_blocks
 
@@ -39,7 +39,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     args = fold(op, query, key, value, mask, bias, **shared)
     _autograd.check_forward_mode(op, query, key, value, bias, args.relative_bias, args.sink)
-    out, lse = torch.ops.attn._l1_fwd(
+    out, lse = _forward(
         args.query,
         args.key,
         args.value,
@@ -96,17 +96,16 @@ def _l1_scores(
     op = "l1_scores"
     query, key = autocast(query, key)
     merged = query.dim() == 3
-    query, key, _ = fold_layout(op, query, key, key)
-    check_sizes(op, query, key, key)
+    query, key, _ = fold_tensors(op, query, key, key)
     _autograd.check_forward_mode(op, query, key)
     folded = _fold_score(op, query, scale, score, eps, query.dtype)
-    scores = torch.ops.attn._l1_scores_fwd(query, key, *folded)
+    scores = _scores_forward(query, key, *folded)
     return scores.squeeze(1) if merged else scores
 
 
-_library.decompose("l1", _l1)
-_library.decompose("l1_with_lse", _l1_with_lse)
-_library.decompose("l1_scores", _l1_scores)
+l1 = _autograd.composite("l1", _l1)
+l1_with_lse = _autograd.composite("l1_with_lse", _l1_with_lse)
+l1_scores = _autograd.composite("l1_scores", _l1_scores)
 
 
 # --- l1_scores: shapes
@@ -144,7 +143,7 @@ def _scores_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
         # The slope 1 / eps**2 may be beyond what 16 bits hold.
         wide = score[0].to(compute_dtype(query.dtype))
         grad = grad * wide.square()
-    grads = torch.ops.attn._l1_scores_bwd(grad, query, key, slope, output_mask)
+    grads = _call_scores_backward(grad, query, key, slope, output_mask)
     return *(x if need else None for x, need in zip(grads, output_mask, strict=True)), None, None
 
 
@@ -160,8 +159,10 @@ def _scores_backward_backward(ctx: Any, *cotangents: Tensor | None) -> list[Tens
     return _autograd.vjp_of_formula(in_blocks.scores_backward_formula, args, cotangents, (0,))
 
 
-_autograd.differentiable("_l1_scores_fwd", _save_scores, _scores_backward, in_blocks.scores_formula)
-_autograd.differentiable(
+_scores_forward = _autograd.differentiable(
+    "_l1_scores_fwd", _save_scores, _scores_backward, in_blocks.scores_formula
+)
+_call_scores_backward = _autograd.differentiable(
     "_l1_scores_bwd",
     _save_scores_backward,
     _scores_backward_backward,
@@ -173,7 +174,7 @@ _vmap.register("_l1_scores_bwd", [_vmap.BATCH_HEADS] * 3, [_vmap.BATCH_HEADS] * 
 
 # --- kernels
 
-_softmax_ops.register(
+_forward = _softmax_ops.register(
     "l1",
     in_blocks.ATTENTION,
     cuda.kernel("_l1_fwd", in_blocks.ATTENTION.forward),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attn_ops import _autograd, _library, _vmap
-from attn_ops._arguments import autocast, check_scale, check_sizes, fold_layout
+from attn_ops._arguments import autocast, check_scale, fold_tensors
 from attn_ops._checks import check_device, check_like_query, check_shape, compute_dtype, fail
 from attn_ops.l1 import edge_list, sparse_in_blocks
 from attn_ops.l1.edge_list import EdgeList, check_edges
@@ -39,8 +39,7 @@ def attend(
     _autograd.check_forward_mode(op, query, key, value, value_reverse)
     merged, rank = query.dim() == 3, value.dim()
     query, key, value = autocast(query, key, value)
-    query, key, value = fold_layout(op, query, key, value)
-    check_sizes(op, query, key, value)
+    query, key, value = fold_tensors(op, query, key, value)
     if value_reverse is not None:
         value_reverse = _fold_reverse(op, autocast(value_reverse)[0], query, value, rank)
     tensors = _sorted(op, edges, query, key)

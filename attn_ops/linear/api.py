@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from attn_ops._checks import check_bool, check_number, check_tensor
+from attn_ops._arguments import check_types
+from attn_ops._checks import check_bool, check_number, check_tensor, check_text
+from attn_ops.linear import ops
 
 
 def linear_attention(
@@ -68,15 +69,10 @@ def linear_attention(
     Network, 2023, and Qin et al., Lightning Attention-2, 2024.
     """
     op = "linear_attention"
-    options = _options(op, normalize, eps, decay, feature_map)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(op, name, tensor)
-    check_tensor(op, "mask", mask, optional=True)
-    check_tensor(op, "cu_seqlens", cu_seqlens, optional=True)
-    check_bool(op, "causal", causal)
-    return torch.ops.attn.linear(
-        query, key, value, mask=mask, causal=causal, cu_seqlens=cu_seqlens, **options
-    )
+    options = _options(op, normalize, eps, feature_map)
+    tensors = {"mask": mask, "decay": decay, "cu_seqlens": cu_seqlens}
+    options |= check_types(op, query, key, value, causal, **tensors)
+    return ops.linear(query, key, value, **options)
 
 
 def linear_attention_with_state(
@@ -114,12 +110,10 @@ def linear_attention_with_state(
         ValueError, TypeError, NotImplementedError: as `linear_attention`.
     """
     op = "linear_attention_with_state"
-    options = _options(op, normalize, eps, decay, feature_map)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(op, name, tensor)
-    for name, optional in (("state", state), ("key_sum", key_sum), ("mask", mask)):
-        check_tensor(op, name, optional, optional=True)
-    return torch.ops.attn.linear_with_state(query, key, value, state, key_sum, mask=mask, **options)
+    options = _options(op, normalize, eps, feature_map)
+    tensors = {"state": state, "key_sum": key_sum, "mask": mask, "decay": decay}
+    options |= check_types(op, query, key, value, **tensors)
+    return ops.linear_with_state(query, key, value, **options)
 
 
 def linear_attention_step(
@@ -149,26 +143,22 @@ def linear_attention_step(
         ValueError, TypeError, NotImplementedError: as `linear_attention`.
     """
     op = "linear_attention_step"
-    options = _options(op, normalize, eps, decay, feature_map)
-    tensors = {"query": query, "key": key, "value": value, "state": state, "key_sum": key_sum}
-    for name, tensor in tensors.items():
-        check_tensor(op, name, tensor)
-    return torch.ops.attn.linear_step(query, key, value, state, key_sum, **options)
+    options = _options(op, normalize, eps, feature_map)
+    options |= check_types(op, query, key, value, decay=decay)
+    check_tensor(op, "state", state)
+    check_tensor(op, "key_sum", key_sum)
+    return ops.linear_step(query, key, value, state, key_sum, **options)
 
 
-def _options(
-    op: str, normalize: bool, eps: float | None, decay: Tensor | None, feature_map: str
-) -> dict[str, Any]:
-    """What the op's schema would refuse as a RuntimeError, or would read off a tensor."""
+def _options(op: str, normalize: bool, eps: float | None, feature_map: str) -> dict[str, Any]:
+    """Those that all ops of this room have, where they differ from the ops' defaults."""
     check_bool(op, "normalize", normalize)
-    check_tensor(op, "decay", decay, optional=True)
-    if not isinstance(feature_map, str):
-        raise TypeError(f"{op}: feature_map must be a str, got {type(feature_map).__name__}")
-    options: dict[str, Any] = {
-        "normalize": normalize,
-        "decay": decay,
-        "feature_map": feature_map,
-    }
+    check_text(op, "feature_map", feature_map)
+    options: dict[str, Any] = {}
+    if not normalize:
+        options["normalize"] = False
+    if feature_map != "identity":
+        options["feature_map"] = feature_map
     # A default of 1e-5 read off this function would be a symbolic float to the compiler.
     if eps is not None:
         check_number(op, "eps", eps)

@@ -12,8 +12,7 @@ from attn_ops._arguments import (
     check_mask,
     check_offsets,
     check_packed,
-    check_sizes,
-    fold_layout,
+    fold_tensors,
 )
 from attn_ops._checks import (
     check_device,
@@ -31,8 +30,7 @@ def fold_inputs(
     op: str, query: Tensor, key: Tensor, value: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of rank 4, in the autocast dtype."""
-    query, key, value = fold_layout(op, *autocast(query, key, value))
-    check_sizes(op, query, key, value)
+    query, key, value = fold_tensors(op, *autocast(query, key, value))
     if causal and query.shape[2] != key.shape[2]:
         raise fail(op, "key", "have as many tokens as query in causal attention", shape(key))
     return query, key, value

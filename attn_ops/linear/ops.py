@@ -55,7 +55,7 @@ def _linear(
     _autograd.check_forward_mode(op, query, key, value, decay)
     if decay is not None and not causal:
         raise ValueError(f"{op}: decay must come with causal=True, got causal=False")
-    out, *_ = torch.ops.attn._linear_fwd(
+    out, *_ = _forward(
         query,
         key,
         value,
@@ -90,7 +90,7 @@ def _linear_with_state(
     _autograd.check_forward_mode(op, query, key, value, state, key_sum, decay)
     check_feature_map(op, feature_map)
     state, key_sum = fold_state(op, state, key_sum, query, value, feature_map, merged)
-    out, _, state, key_sum = torch.ops.attn._linear_fwd(
+    out, _, state, key_sum = _forward(
         query,
         key,
         value,
@@ -134,9 +134,9 @@ def _linear_step(
     return out.squeeze(1) if merged else out
 
 
-_library.decompose("linear", _linear)
-_library.decompose("linear_with_state", _linear_with_state)
-_library.decompose("linear_step", _linear_step)
+linear = _autograd.composite("linear", _linear)
+linear_with_state = _autograd.composite("linear_with_state", _linear_with_state)
+linear_step = _autograd.composite("linear_step", _linear_step)
 
 
 # --- shapes
@@ -227,13 +227,11 @@ def _forward_backward(
     needed = _autograd.needed(ctx)
     output_mask = [needed[i] for i in _DIFFERENTIABLE]
     if any(output_mask):
-        results = torch.ops.attn._linear_bwd(
-            *cotangents, *tensors, out, denominator, *ctx.options, output_mask
-        )
+        results = _backward(*cotangents, *tensors, out, denominator, *ctx.options, output_mask)
         for i, result, need in zip(_DIFFERENTIABLE, results, output_mask, strict=True):
             grads[i] = result if need else None
     if needed[_DECAY]:
-        grads[_DECAY] = torch.ops.attn._linear_grad_decay(*cotangents, *tensors, *ctx.options[1:])
+        grads[_DECAY] = _grad_decay(*cotangents, *tensors, *ctx.options[1:])
     return tuple(grads)
 
 
@@ -268,9 +266,13 @@ def _grad_decay_backward(ctx: Any, cotangent: Tensor | None) -> list[Tensor | No
 
 
 _autograd.formulas["linear_step"] = partial(_linear_step, kernel=in_blocks.step)
-_autograd.differentiable("_linear_fwd", _save_forward, _forward_backward, in_blocks.forward_formula)
-_autograd.differentiable("_linear_bwd", _save(13), _backward_backward, in_blocks.backward_formula)
-_autograd.differentiable(
+_forward = _autograd.differentiable(
+    "_linear_fwd", _save_forward, _forward_backward, in_blocks.forward_formula
+)
+_backward = _autograd.differentiable(
+    "_linear_bwd", _save(13), _backward_backward, in_blocks.backward_formula
+)
+_grad_decay = _autograd.differentiable(
     "_linear_grad_decay", _save(11), _grad_decay_backward, in_blocks.grad_decay_formula
 )
 
