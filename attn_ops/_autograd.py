@@ -132,8 +132,7 @@ def composite(op: str, function: Formula) -> Formula:
 
     def call(*args: Any, **options: Any) -> Any:
         if (
-            torch.compiler.is_compiling()
-            or unavailable is not None
+            unavailable is not None
             or not _nothing_is_in_between()
             or has_torch_function((*args, *options.values()))
             or torch.autograd._profiler_enabled()  # which is to see the op
@@ -153,7 +152,9 @@ def _nothing_is_in_between() -> bool:
     Then the way through the dispatcher, microseconds through two languages, can be left out.
     """
     return (
-        not _are_functorch_transforms_active()
+        # First: the compiler can trace none of the rest, in the captured backward neither.
+        not torch.compiler.is_compiling()
+        and not _are_functorch_transforms_active()
         and not _len_torch_dispatch_stack()
         and _get_tracing_state() is None
         and not _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
