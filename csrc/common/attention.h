@@ -21,6 +21,7 @@ struct AttentionProblem {
 
   // Anything that is added to scores, -inf for what an element mask hides.
   bool has_extras() const { return mask || bias || relative_bias; }
+  int64_t multiplications() const { return B * H * M * N * (D + E); }
 };
 
 // What the backward reads and writes besides. An absent gradient is not wanted.

@@ -50,8 +50,26 @@ class TaskQueue {
   int64_t count_;
 };
 
+// A call of few multiplications stays on its thread: to wake the others takes longer.
+class ThreadLimit {
+ public:
+  explicit ThreadLimit(int64_t multiplications) { one() = multiplications < kWorthWaking; }
+  ThreadLimit(const ThreadLimit&) = delete;
+  ThreadLimit& operator=(const ThreadLimit&) = delete;
+  ~ThreadLimit() { one() = false; }
+
+  // Of the calling thread; the threads that it wakes have no limit.
+  static bool& one() {
+    static thread_local bool value = false;
+    return value;
+  }
+
+ private:
+  static constexpr int64_t kWorthWaking = 1 << 16;  // about ten microseconds
+};
+
 inline int64_t num_threads() {
-  return static_cast<int64_t>(torch::stable::get_num_threads());
+  return ThreadLimit::one() ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
 }
 
 // Runs worker(queue) on up to num_threads() threads; each worker takes tasks until none is left.
@@ -60,6 +78,7 @@ void run_tasks(int64_t count, const Worker& worker) {
   if (count <= 0) return;
   TaskQueue queue(count);
   const int64_t workers = std::min(count, num_threads());
+  if (workers == 1) return worker(queue);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) worker(queue);
   });

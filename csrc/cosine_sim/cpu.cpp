@@ -5,6 +5,7 @@
 
 #include "common/checks.h"
 #include "common/isa.h"
+#include "common/parallel.h"
 #include "cosine_sim/problem.h"
 #include "cosine_sim/sdpa.h"
 
@@ -67,6 +68,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Tensor lse = allocate(query, {p.B, p.H, p.M}, compute_dtype(dtype));
   p.out = view(out);
   p.lse = view(lse);
+  const ThreadLimit limit(p.multiplications());
   (dtype == ScalarType::Double ? kernels().forward_double : kernels().forward_float)(p);
   return {out, lse};
 }
@@ -105,6 +107,7 @@ Nine backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tens
     sdpa_backward(p, g, kernels(), grad_out, query, key, value, dense_out, dense_lse);
     return result;
   }
+  const ThreadLimit limit(p.multiplications());
   (dtype == ScalarType::Double ? kernels().backward_double : kernels().backward_float)(p, g);
   if (g.bias && bias->scalar_type() != std::get<3>(result).scalar_type()) {
     std::get<3>(result) = torch::stable::to(std::get<3>(result), bias->scalar_type());

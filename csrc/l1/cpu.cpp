@@ -6,6 +6,7 @@
 
 #include "common/checks.h"
 #include "common/isa.h"
+#include "common/parallel.h"
 #include "l1/problem.h"
 
 namespace attn::l1 {
@@ -44,6 +45,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Tensor lse = allocate(query, {p.B, p.H, p.M}, compute_dtype(dtype));
   p.out = view(out);
   p.lse = view(lse);
+  const ThreadLimit limit(p.multiplications());
   (dtype == ScalarType::Double ? kernels().forward_double : kernels().forward_float)(p);
   return {out, lse};
 }
@@ -73,6 +75,7 @@ Six backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tenso
              new_sum(query, relative_bias, output_mask[4], g.relative_bias),
              new_sum(query, sink, output_mask[5], g.sink)};
   const bool is_double = query.scalar_type() == ScalarType::Double;
+  const ThreadLimit limit(p.multiplications());
   (is_double ? kernels().backward_double : kernels().backward_float)(p, g);
   if (g.bias && bias->scalar_type() != std::get<3>(result).scalar_type()) {
     std::get<3>(result) = torch::stable::to(std::get<3>(result), bias->scalar_type());
@@ -96,6 +99,7 @@ Tensor scores_forward(const Tensor& query, const Tensor& key, double scale,
   Tensor scores = allocate(query, {p.B, p.H, p.M, p.N});
   p.out = view(scores);
   const bool is_double = query.scalar_type() == ScalarType::Double;
+  const ThreadLimit limit(p.multiplications());
   (is_double ? kernels().scores_double : kernels().scores_float)(p);
   return scores;
 }
@@ -115,6 +119,7 @@ std::tuple<Tensor, Tensor> scores_backward(const Tensor& grad, const Tensor& que
   std::tuple<Tensor, Tensor> result{new_gradient(query, query, output_mask[0], g.query),
                                     new_gradient(query, key, output_mask[1], g.key)};
   const bool is_double = dtype == ScalarType::Double;
+  const ThreadLimit limit(p.multiplications());
   (is_double ? kernels().scores_backward_double : kernels().scores_backward_float)(p, g);
   return result;
 }

@@ -7,6 +7,7 @@
 
 #include "common/checks.h"
 #include "common/isa.h"
+#include "common/parallel.h"
 #include "linear/problem.h"
 
 namespace attn::linear {
@@ -108,7 +109,12 @@ bool prefers_amx(const Problem& p) {
          p.feature_map == FeatureMap::identity && p.D >= 16 && p.E >= 16 && p.Hk > 0 && has_amx();
 }
 
+int64_t multiplications(const Problem& p) {
+  return p.B * p.H * (p.M + p.N) * p.F * p.E;
+}
+
 void run_forward(const Problem& p) {
+  const ThreadLimit limit(multiplications(p));
 #if defined(__x86_64__)
   if (prefers_amx(p)) return amx_kernels().forward(p);
 #endif
@@ -117,6 +123,7 @@ void run_forward(const Problem& p) {
 }
 
 void run_backward(const Problem& p, const Gradients& grads) {
+  const ThreadLimit limit(multiplications(p));
 #if defined(__x86_64__)
   if (prefers_amx(p)) return amx_kernels().backward(p, grads);
 #endif
