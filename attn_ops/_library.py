@@ -67,9 +67,12 @@ if library_error is not None and not os.environ.get("ATTN_OPS_NO_NATIVE"):
 
 
 def define(room: str) -> None:
-    """Makes the room's schemas known to PyTorch, unless the native library has done so."""
-    if not loaded_libraries:
-        for schema in schemas(room):
+    """Makes the room's schemas known to PyTorch, but those that the native library has.
+
+    One that was built before an op was added lacks it.
+    """
+    for schema in schemas(room):
+        if not hasattr(torch.ops.attn, schema.partition("(")[0]):
             _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
