@@ -34,6 +34,7 @@ try:
         _set_fwd_grad_enabled,
         _set_grad_enabled,
     )
+    from torch._C._functorch import TransformType, get_interpreter_stack
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch.autograd.function import _SingleLevelFunction
 
@@ -50,13 +51,24 @@ Formula = Callable[..., Any]
 formulas: dict[str, Formula] = {}
 
 
-def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -> Formula:
+def differentiable(
+    op: str,
+    setup: Setup,
+    backward: Formula,
+    formula: Formula,
+    *,
+    tangents: Formula | None = None,
+    plain: bool = False,
+) -> Formula:
     """Gives `attn::op` derivatives of every order in both modes.
 
     setup(ctx, args, output): saves.
     backward(ctx, *grad_outputs) -> a gradient or None per argument.
     formula(*args): the op in plain PyTorch. In forward mode it takes the op's place, so PyTorch
         itself differentiates it, whatever transforms are nested around.
+    tangents(output, *args) -> the tangents of the outputs, for dual args: used instead.
+    plain: the formula runs for dual arguments alone. It must not call torch.func, which fails
+        below outer transforms.
 
     Returns what the op's own composites and backwards call: the op, by the shortest way.
     """
@@ -71,13 +83,16 @@ def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -
         )
         return overload
 
-    function = _function(overload, setup, backward)
+    function = _function(overload, setup, backward, tangents)
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if forward_ad._current_level >= 0:
+        dual = _in_forward_mode()
+        if dual and (plain or tangents is not None):
+            dual = _any_dual(args)
+        if dual and tangents is None:
             with torch.autocast(args[0].device.type, enabled=False):
                 return formula(*args)
-        if torch.is_grad_enabled() and _any_requires_grad(*args):
+        if dual or (torch.is_grad_enabled() and _any_requires_grad(*args)):
             with enable_single_level_autograd_function():
                 return function.apply(keyset, *args)
         with _AutoDispatchBelowAutograd():
@@ -96,7 +111,7 @@ def differentiable(op: str, setup: Setup, backward: Formula, formula: Formula) -
     return call
 
 
-def _function(overload: Any, setup: Setup, backward: Formula) -> Any:
+def _function(overload: Any, setup: Setup, backward: Formula, tangents: Formula | None) -> Any:
     """The node of the graph. Its first argument is the keyset below autograd, None for all keys."""
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
@@ -104,17 +119,29 @@ def _function(overload: Any, setup: Setup, backward: Formula) -> Any:
         # records.
         _set_grad_enabled(True)
         _set_fwd_grad_enabled(True)
+        dual = tangents is not None and _in_forward_mode() and _any_dual(args)
         with _AutoDispatchBelowAutograd():
             if keyset is None:
                 output = overload(*args)
             else:
                 output = overload.redispatch(keyset & _after_autograd_keyset, *args)
         setup(ctx, args, output)
+        if dual:
+            ctx.dual = output, args
         return output
+
+    def jvp(ctx: Any, *_tangents: Any) -> Any:
+        assert tangents is not None
+        output, args = ctx.dual
+        del ctx.dual  # it would keep itself alive
+        with forward_ad._set_fwd_grad_enabled(True):
+            with torch.autocast(args[0].device.type, enabled=False):
+                return tangents(output, *args)
 
     body = {
         "forward": staticmethod(forward),
         "backward": staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads))),
+        "jvp": staticmethod(jvp),
         # As `autograd.Function` has it: compiled autograd asks which function a node is of.
         "_compiled_autograd_key": staticmethod(lambda ctx: (ctx._autograd_function_id,)),
     }
@@ -164,6 +191,25 @@ def _nothing_is_in_between() -> bool:
 def _records_nothing_else() -> bool:
     """Whether of all kinds of derivatives a backward alone is recorded."""
     return forward_ad._current_level < 0 and not _dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+
+
+def _in_forward_mode() -> bool:
+    """Whether any of the nested transforms is forward mode."""
+    if forward_ad._current_level >= 0:
+        return True
+    # Graphs of Dynamo enter it behind the back of `forward_ad`: without this, silent zeros.
+    stack = get_interpreter_stack()
+    return stack is not None and any(level.key() == TransformType.Jvp for level in stack)
+
+
+def _any_dual(args: Sequence[Any]) -> bool:
+    """Whether the innermost of the nested transforms gave any argument a tangent."""
+    return any(isinstance(x, Tensor) and unpack_dual(x)[1] is not None for x in args)
+
+
+def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A tensor and its tangent at this level of nested transforms, all of which PyTorch calls 0."""
+    return forward_ad.unpack_dual(x, level=0)
 
 
 def check_forward_mode(op: str, *tensors: Tensor | None) -> None:

@@ -80,6 +80,12 @@ class Call:
         return self.B * self.H * (self.M + self.N) * features * self.E
 
     @property
+    def tangent_width(self) -> int:
+        """Width of the tangents of queries, 0 without."""
+        tangent = self.arguments["tangent_query"]
+        return 0 if tangent is None else tangent.shape[3]
+
+    @property
     def directions(self) -> int:
         """How many ways values go along an edge."""
         return 1 if self.arguments["value_reverse"] is None else 2
@@ -89,9 +95,12 @@ LAWS: dict[str, Callable[[Call], int]] = {
     # Scores and weighted values; backwards the scores again and one product per factor of each.
     "_cosine_sim_fwd": lambda a: 2 * a.P * (a.D + a.E),
     "_cosine_sim_bwd": lambda a: 2 * a.P * (3 * a.D + 2 * a.E),
+    # Scores, their tangents, and two products with values or tangents of values.
+    "_cosine_sim_jvp": lambda a: 2 * a.P * (a.D + a.tangent_width + 2 * a.E),
     # A difference, an absolute value and a sum; backwards these again, and two per gradient.
     "_l1_fwd": lambda a: a.P * (3 * a.D + 2 * a.E),
     "_l1_bwd": lambda a: a.P * (7 * a.D + 4 * a.E),
+    "_l1_jvp": lambda a: a.P * (3 * a.D + 3 * a.tangent_width + 4 * a.E),
     "_l1_scores_fwd": lambda a: 3 * a.P * a.D,
     "_l1_scores_bwd": lambda a: 5 * a.P * a.D,  # the scores are not needed, the difference is
     # Values are added once per direction, the weights are kept.

@@ -44,6 +44,12 @@ def biased(
         score = score + bias
     if relative_bias is not None and num_queries and num_keys:
         score = score + relative_bias[:, diagonal(num_queries, num_keys, score.device)]
+    if (
+        mask is None
+        and start is None
+        and masks.band_hides_nothing(num_queries, num_keys, left, right)
+    ):
+        return score
     seen = masks.visible(num_queries, num_keys, mask, start, stop, left, right, score.device)
     return score.masked_fill(~seen, -torch.inf)
 
@@ -64,6 +70,62 @@ def attend(score: Tensor, value: Tensor, sink: Tensor | None) -> tuple[Tensor, T
     total = torch.where(seen, total, 1)
     lse = torch.where(seen, total.log() + row_max, -torch.inf).squeeze(-1)
     return (weight[..., :-1] / total).to(value.dtype) @ per_query_head(value, heads), lse
+
+
+def attend_tangent(
+    score: Tensor,
+    score_tangent: Tensor | None,
+    value: Tensor,
+    sink: Tensor | None,
+    lse: Tensor,
+    tangent_value: Tensor | None,
+    tangent_sink: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Tangents of out and lse, from those of score (broadcast at will), value and sink.
+
+    With P = softmax(score): lse' = sum_n P score', out' = P value' + P (score' - lse') value.
+    """
+    heads = score.shape[1]
+    # Only a shift, which cancels: rounded or not, it has no derivative.
+    shift = torch.where(lse == -torch.inf, 0, lse).detach().unsqueeze(-1)
+    weight = (score - shift).exp()
+    total = weight.sum(-1, keepdim=True)
+    of_sink = None if sink is None else (sink[:, None, None] - shift).exp()
+    total = total if of_sink is None else total + of_sink
+    total = torch.where(total > 0, total, 1)  # a row that sees nothing has no weights
+    moved = None if score_tangent is None else weight * score_tangent
+    tangent_lse = torch.zeros_like(total) if moved is None else moved.sum(-1, keepdim=True) / total
+    if of_sink is not None and tangent_sink is not None:
+        tangent_lse = tangent_lse + of_sink * tangent_sink[:, None, None] / total
+    out = torch.zeros_like(total)
+    if moved is not None or tangent_sink is not None:
+        # Before the product: what all keys of a row move alike is lost to no rounding.
+        against = torch.zeros_like(weight) if moved is None else moved
+        centred = torch.addcmul(against, weight, tangent_lse, value=-1)
+        out = centred @ per_query_head(value, heads)
+    if tangent_value is not None:
+        out = out + weight @ per_query_head(tangent_value, heads)
+    return (out / total).expand(*score.shape[:3], value.shape[3]), tangent_lse.squeeze(-1)
+
+
+def biases_tangent(
+    score_tangent: Tensor | None,
+    tangent_bias: Tensor | None,
+    tangent_relative_bias: Tensor | None,
+    num_queries: int,
+    num_keys: int,
+) -> Tensor | None:
+    """The tangent of `biased` scores, from those of the scores and of each bias."""
+    terms = [term for term in (score_tangent, tangent_bias) if term is not None]
+    if tangent_relative_bias is not None and num_queries and num_keys:
+        places = diagonal(num_queries, num_keys, tangent_relative_bias.device)
+        terms.append(tangent_relative_bias[:, places])
+    if not terms:
+        return None
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def attend_backward(

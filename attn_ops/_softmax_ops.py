@@ -5,6 +5,8 @@ What the private ops read, beside query, key and value [B, H, M, D], [B, Hk, N, 
   start, stop [1 or B, M]; left, right: the band of masks.py; and what the room adds.
 All outputs are contiguous: out in query's dtype, lse [B, H, M] in the dtype of sums.
 
+Forward mode has an op of its own, `attn::_room_jvp` (see _forward_mode.py).
+
 The backward takes grad_out, grad_lse, the tensors of the forward, out, lse, the options of the
 forward and which gradients are needed; it returns those gradients, and tensors of size [0].
 """
@@ -19,32 +21,24 @@ from torch import Tensor
 
 from attn_ops import _autograd, _library, _vmap
 from attn_ops._checks import compute_dtype
+from attn_ops._forward_mode import PLACES, ForwardMode
 from attn_ops._in_blocks import InBlocks
 
 Kernel = Callable[..., Any]
 
-_PLACES = {
-    "query": _vmap.BATCH_HEADS,
-    "key": _vmap.BATCH_HEADS,
-    "value": _vmap.BATCH_HEADS,
-    "mask": _vmap.SCORES,
-    "bias": _vmap.SCORES,
-    "start": _vmap.NOWHERE,
-    "stop": _vmap.NOWHERE,
-}
-
 
 class PrivateOps:
-    """`attn::_room_fwd` and `attn::_room_bwd`, whose schemas say all that differs among rooms."""
+    """`attn::_room_fwd`, `_room_bwd` and `_room_jvp`; schemas say all that differs among rooms."""
 
-    def __init__(self, room: str, blocks: InBlocks) -> None:
-        self.forward, self.backward = f"_{room}_fwd", f"_{room}_bwd"
-        self.blocks = blocks
+    def __init__(self, room: str, blocks: InBlocks, forward_mode: ForwardMode) -> None:
+        self.forward, self.backward, self.jvp = f"_{room}_fwd", f"_{room}_bwd", f"_{room}_jvp"
+        self.blocks, self.forward_mode = blocks, forward_mode
         self.call_backward: Kernel  # known when its own derivatives are
         schemas = [
             getattr(torch.ops.attn, op).default._schema for op in (self.forward, self.backward)
         ]
         # The tensors come first, the options after them.
+        self.arguments = [a.name for a in schemas[0].arguments]
         self.tensors = [a.name for a in schemas[0].arguments if "Tensor" in str(a.type)]
         # The differentiable ones, in the order of the backward's results.
         self.differentiable = [
@@ -57,6 +51,10 @@ class PrivateOps:
         batch, heads, num_queries, _width = query.shape
         out = query.new_empty(batch, heads, num_queries, value.shape[3])
         return out, query.new_empty(batch, heads, num_queries, dtype=compute_dtype(query.dtype))
+
+    def fake_jvp(self, query: Tensor, _: Tensor, value: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
+        out = value.new_empty(*query.shape[:3], value.shape[3])
+        return out, value.new_empty(query.shape[:3], dtype=compute_dtype(value.dtype))
 
     def fake_backward(
         self, grad_out: Tensor, grad_lse: Tensor | None, *args: Any
@@ -107,10 +105,24 @@ class PrivateOps:
         args = (*ctx.saved_tensors, *ctx.options)
         return _autograd.vjp_of_formula(self.blocks.backward_formula, args, cotangents, places)
 
+    def forward_tangents(self, outputs: tuple[Tensor, Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+        named = dict(zip(self.arguments, args, strict=True))
+        return self.forward_mode.tangents(getattr(torch.ops.attn, self.jvp), named, outputs[1])
+
+    def save_jvp(self, ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        count = len(self.forward_mode.tensors)
+        ctx.save_for_backward(*args[:count])
+        ctx.options = args[count:]
+        ctx.set_materialize_grads(False)
+
+    def jvp_backward(self, ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
+        mode, args = self.forward_mode, (*ctx.saved_tensors, *ctx.options)
+        return _autograd.vjp_of_formula(mode.formula, args, cotangents, mode.differentiable)
+
     def batch(self) -> None:
         """Registers where the heads stand in every tensor."""
         rows = [_vmap.BATCH_HEADS] * 2
-        places = [_PLACES.get(name, _vmap.HEADS) for name in self.tensors]
+        places = [PLACES.get(name, _vmap.HEADS) for name in self.tensors]
         _vmap.register(self.forward, places, rows)
         _vmap.register(
             self.backward,
@@ -118,23 +130,39 @@ class PrivateOps:
             [places[i] for i in self.differentiable],
             gradient_of=[i + 2 for i in self.differentiable],
         )
+        _vmap.register(self.jvp, [PLACES[name] for name in self.forward_mode.tensors], rows)
 
 
-def register(room: str, blocks: InBlocks, forward_cuda: Kernel, backward_cuda: Kernel) -> Kernel:
+def register(
+    room: str,
+    blocks: InBlocks,
+    forward_mode: ForwardMode,
+    forward_cuda: Kernel,
+    backward_cuda: Kernel,
+) -> Kernel:
     """Everything about the private ops of `room` but their kernels for the CPU.
 
     Returns what calls the private forward.
     """
-    ops = PrivateOps(room, blocks)
+    ops = PrivateOps(room, blocks, forward_mode)
     _library.fake(ops.forward)(ops.fake_forward)
     _library.fake(ops.backward)(ops.fake_backward)
+    _library.fake(ops.jvp)(ops.fake_jvp)
     call_forward = _autograd.differentiable(
-        ops.forward, ops.save_forward, ops.forward_backward, blocks.forward_formula
+        ops.forward,
+        ops.save_forward,
+        ops.forward_backward,
+        blocks.forward_formula,
+        tangents=ops.forward_tangents,
     )
     ops.call_backward = _autograd.differentiable(
         ops.backward, ops.save_backward, ops.backward_backward, blocks.backward_formula
     )
+    _autograd.differentiable(
+        ops.jvp, ops.save_jvp, ops.jvp_backward, forward_mode.formula, plain=True
+    )
     ops.batch()
+    _library.implement(ops.jvp, forward_mode.in_blocks, "CompositeExplicitAutograd")
     implement(ops.forward, blocks.forward, forward_cuda)
     implement(ops.backward, blocks.backward, backward_cuda)
     return call_forward

@@ -24,6 +24,13 @@ def band(causal: bool, window: int | None) -> tuple[int, int]:
     return left, 0 if causal else UNBOUNDED
 
 
+def band_hides_nothing(num_queries: int, num_keys: int, left: int, right: int) -> bool:
+    """Whether every query sees every key; False where that would ask about a symbolic size."""
+    if any(type(size) is not int for size in (num_queries, num_keys, left, right)):
+        return False
+    return left >= num_keys - 1 and right >= num_queries - 1
+
+
 def packed_intervals(
     num_queries: int,
     num_keys: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attn_ops._forward_mode import ForwardMode
 from attn_ops._in_blocks import InBlocks
 from attn_ops.cosine_sim import reference
 
@@ -11,3 +12,4 @@ ATTENTION = InBlocks(
     "query key value bias relative_bias head_scale query_gain key_gain sink",
     block_scores=1 << 23,  # 32 MiB of float32
 )
+FORWARD_MODE = ForwardMode(reference.tangent, reference.score_operands, reference.score_tangents)

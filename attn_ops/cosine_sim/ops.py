@@ -25,7 +25,7 @@ from attn_ops._checks import (
     fail,
     shape,
 )
-from attn_ops.cosine_sim.in_blocks import ATTENTION
+from attn_ops.cosine_sim.in_blocks import ATTENTION, FORWARD_MODE
 from attn_ops.cosine_sim.normalize import unit_slices
 
 _library.define("cosine_sim")
@@ -131,4 +131,6 @@ def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     return _library.triton_room("cosine_sim").backward(*args)
 
 
-_forward = _softmax_ops.register("cosine_sim", ATTENTION, _forward_cuda, _backward_cuda)
+_forward = _softmax_ops.register(
+    "cosine_sim", ATTENTION, FORWARD_MODE, _forward_cuda, _backward_cuda
+)

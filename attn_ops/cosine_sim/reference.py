@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attn_ops._heads import per_kv_head, per_query_head
-from attn_ops._softmax import attend, attend_backward, biased
+from attn_ops._softmax import attend, attend_backward, attend_tangent, biased, biases_tangent
 from attn_ops.cosine_sim.normalize import EPSILON, unit_slices
 
 
@@ -128,3 +128,60 @@ def backward(
         grad_key_gain,
         grad_sink,
     )
+
+
+def tangent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    sink: Tensor | None,
+    start: Tensor | None,
+    stop: Tensor | None,
+    lse: Tensor,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_value: Tensor | None,
+    tangent_bias: Tensor | None,
+    tangent_relative_bias: Tensor | None,
+    tangent_sink: Tensor | None,
+    left: int,
+    right: int,
+) -> tuple[Tensor, Tensor]:
+    """Tangents of out and lse, where scores are q·k and move by tangent_query · tangent_key."""
+    heads, num_queries, num_keys = query.shape[1], query.shape[2], key.shape[2]
+    score = query @ per_query_head(key, heads).mT
+    score = biased(score, mask, bias, relative_bias, start, stop, left, right)
+    moved = None
+    if tangent_query is not None and tangent_key is not None:
+        moved = tangent_query @ per_query_head(tangent_key, heads).mT
+    moved = biases_tangent(moved, tangent_bias, tangent_relative_bias, num_queries, num_keys)
+    return attend_tangent(score, moved, value, sink, lse, tangent_value, tangent_sink)
+
+
+def score_operands(
+    query: Tensor,
+    key: Tensor,
+    head_scale: Tensor | None,
+    query_gain: Tensor | None,
+    key_gain: Tensor | None,
+    scale: float,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Query and key whose products are the scores before any bias."""
+    unit_query, unit_key = prepare(query, query_gain, groups), prepare(key, key_gain, groups)
+    return unit_query * row_scale(scale, head_scale), unit_key
+
+
+def score_tangents(
+    query: Tensor, key: Tensor, tangent_query: Tensor | None, tangent_key: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Vectors whose products are q'·k + q·k': twice as wide where both have a tangent."""
+    pairs = [(tangent_query, key), (query, tangent_key)]
+    present = [(q, k) for q, k in pairs if q is not None and k is not None]
+    if not present:
+        return None, None
+    queries, keys = zip(*present, strict=True)
+    return torch.cat(queries, -1), torch.cat(keys, -1)

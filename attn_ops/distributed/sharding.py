@@ -93,7 +93,7 @@ class _Call:
 
     def argument(self, name: str, axis: str) -> Placement:
         """Where the argument has to be."""
-        dimensions = _DIMENSIONS[name.removeprefix("grad_")]
+        dimensions = _DIMENSIONS[name.removeprefix("grad_").removeprefix("tangent_")]
         dim = dimensions.get(axis)
         if axis == HEADS and not self.one_group:
             dim = dimensions.get(GROUPS, dim)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_ops._checks import compute_dtype
+from attn_ops._forward_mode import ForwardMode
 from attn_ops._in_blocks import InBlocks, query_blocks
 from attn_ops.l1 import reference
 
@@ -20,6 +21,7 @@ ATTENTION = InBlocks(
     "query key value bias relative_bias sink",
     block_scores=BLOCK_SCORES,
 )
+FORWARD_MODE = ForwardMode(reference.tangent, reference.score_operands, reference.score_tangents)
 
 
 def scores_formula(query: Tensor, key: Tensor, scale: float, eps: float | None) -> Tensor:

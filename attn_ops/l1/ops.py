@@ -177,6 +177,7 @@ _vmap.register("_l1_scores_bwd", [_vmap.BATCH_HEADS] * 3, [_vmap.BATCH_HEADS] * 
 _forward = _softmax_ops.register(
     "l1",
     in_blocks.ATTENTION,
+    in_blocks.FORWARD_MODE,
     cuda.kernel("_l1_fwd", in_blocks.ATTENTION.forward),
     cuda.kernel("_l1_bwd", in_blocks.ATTENTION.backward),
 )

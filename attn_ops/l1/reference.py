@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attn_ops._heads import per_kv_head, per_query_head
-from attn_ops._softmax import attend, attend_backward, biased
+from attn_ops._softmax import attend, attend_backward, attend_tangent, biased, biases_tangent
 
 # Differences q - k that exist at a time, unless one width has more: 4 MiB of float32.
 DIFFERENCES = 1 << 20
@@ -110,3 +110,57 @@ def backward(
         grad_out, grad_lse, score, value, bias, relative_bias, sink, out, lse
     )
     return *sign_sums(grad_score * slope(raw, scale, eps), query, key), *others
+
+
+def tangent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    sink: Tensor | None,
+    start: Tensor | None,
+    stop: Tensor | None,
+    lse: Tensor,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_value: Tensor | None,
+    tangent_bias: Tensor | None,
+    tangent_relative_bias: Tensor | None,
+    tangent_sink: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    eps: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Tangents of out and lse. The sign of zero is zero, as in the gradient."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    raw = scores(query, key, scale, eps)
+    score = biased(raw, mask, bias, relative_bias, start, stop, left, right)
+    moved = None
+    if tangent_query is not None and tangent_key is not None:
+        pairs = zip(differences(query, key), differences(tangent_query, tangent_key), strict=True)
+        moved = torch.zeros_like(raw)
+        for difference, its_tangent in pairs:
+            moved = moved + (difference.sign() * its_tangent).sum(2)
+        moved = moved * slope(raw, scale, eps)
+    moved = biases_tangent(moved, tangent_bias, tangent_relative_bias, num_queries, num_keys)
+    return attend_tangent(score, moved, value, sink, lse, tangent_value, tangent_sink)
+
+
+def score_operands(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """What the scores are made of: query and key as they are."""
+    return query, key
+
+
+def score_tangents(
+    query: Tensor, key: Tensor, tangent_query: Tensor | None, tangent_key: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Both tangents, or none."""
+    if tangent_query is None and tangent_key is None:
+        return None, None
+    return (
+        torch.zeros_like(query) if tangent_query is None else tangent_query,
+        torch.zeros_like(key) if tangent_key is None else tangent_key,
+    )

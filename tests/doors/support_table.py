@@ -44,6 +44,7 @@ DOORS = {
     "doors/test_onnx.py": "ONNX, run in onnxruntime",
     "conformance/test_autograd.py": "gradcheck, gradgradcheck, forward mode",
     "conformance/test_func.py": "`torch.func`: grad, jvp, vjp, Jacobians, Hessian, nested",
+    "conformance/test_forward_mode.py": "forward mode in linear memory, eager and compiled",
     "conformance/test_vmap.py": VMAP,
     "linear/test_step.py::test_vmap": VMAP,
     "conformance/test_packed_vmap.py": "`vmap` over packed sequences",
