@@ -11,7 +11,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
-from benchmarks import l1, linear, linear_scaling, run
+from benchmarks import forward_mode, l1, linear, linear_scaling, run
 from benchmarks.cases import Bar, Contender, Entry, Inputs, Setting, draw
 from benchmarks.measure import Exact, Times, measure
 from benchmarks.report import Row, bars
@@ -267,6 +267,22 @@ def test_scaling_writes_its_bars_and_a_plot(
     assert "wrong" not in printed
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 1 + 2 * 3
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("op", forward_mode.OPS)
+def test_forward_mode_is_compared_before_it_is_timed(
+    op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"forward_mode --op {op} --device cpu --shape 1 2 8 --seq-lens 48 64 --causal"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--num-times", "1", "--budget", "0.01"])
+    forward_mode.main()
+    rows = capsys.readouterr().out.splitlines()[4:]
+    assert [row.split("|")[1].strip() for row in rows] == ["48", "64"]
+    assert all(float(cell) >= 0 for row in rows for cell in row.split("|")[2:-1])
+    right = forward_mode.OPS[op]
+    monkeypatch.setitem(forward_mode.OPS, op, lambda *xs, causal: 1.001 * right(*xs, causal=causal))
+    with pytest.raises(SystemExit, match="wrong: the tangent is off by"):
+        forward_mode.main()
 
 
 def test_an_entry_is_data() -> None:
