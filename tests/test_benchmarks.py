@@ -11,7 +11,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
-from benchmarks import forward_mode, l1, linear, linear_scaling, run
+from benchmarks import forward_mode, l1, linear, linear_scaling, overhead, run
 from benchmarks.cases import Bar, Contender, Entry, Inputs, Setting, draw
 from benchmarks.measure import Exact, Times, measure
 from benchmarks.report import Row, bars
@@ -267,6 +267,21 @@ def test_scaling_writes_its_bars_and_a_plot(
     assert "wrong" not in printed
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 1 + 2 * 3
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_overhead_is_said_of_every_call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modes = [mode for mode in overhead.MODES if not mode.startswith("compiled")]
+    command = ["overhead", "--rounds", "1", "--number", "2", "--modes", *modes]
+    monkeypatch.setattr(sys, "argv", command)
+    overhead.main()
+    rows = capsys.readouterr().out.splitlines()[4:]
+    assert [row.split("|")[1].strip() for row in rows] == list(overhead.CALLS)
+    for row in rows:
+        cells = row.split("|")[2:-1]
+        assert len(cells) == len(modes)
+        assert all(float(cell.split()[0]) > 0 for cell in cells)
 
 
 @pytest.mark.parametrize("op", forward_mode.OPS)
