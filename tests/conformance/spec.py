@@ -42,6 +42,7 @@ class OpSpec:
         forward is an argument of it.
     own_backward: argument -> the private op that alone computes its gradient, where `_room_bwd`
         does not.
+    unordered: types of devices where gradients repeat bit by bit in deterministic mode alone.
     """
 
     name: str
@@ -61,6 +62,7 @@ class OpSpec:
     private: str = ""
     prepares: tuple[str, ...] = ()
     linear_backward: bool = False
+    unordered: tuple[str, ...] = ()
     examples: tuple[Case, ...] = ()  # counterexamples that hypothesis found
 
     def __post_init__(self) -> None:

@@ -67,6 +67,8 @@ def test_nothing_unwritten_is_read_in_native_code(spec: OpSpec, device: torch.de
 def test_results_repeat_bit_by_bit(
     spec: OpSpec, named: str, dtype: torch.dtype, device: torch.device
 ) -> None:
+    if device.type in spec.unordered:
+        pytest.skip("see doors/test_deterministic.py")
     arguments = spec.build(spec.cases[named], dtype, device)
     grads = cotangents(*spec.formula(**arguments))
     first = with_gradients(spec, spec.run, arguments, *grads)

@@ -56,6 +56,7 @@ L1 = OpSpec(
     differentiable=("query", "key", "value", "bias", "relative_bias", "sink"),
     cases=SOFTMAX_LIKE | INVERSES | EVERYTHING,
     long=SOFTMAX_LIKE_LONG,
+    unordered=("cuda",),
     examples=(NO_HEADS,),
 )
 SCORES = OpSpec(
