@@ -45,6 +45,8 @@ CASES = [
     for spec, extra in ((L1, LONG), (SCORES, {}))
     for name, case in (spec.cases | extra).items()
     for dtype in DTYPES
+    # An emulation takes its time, and the two 16-bit types differ in conversions alone.
+    if DEVICE != "cpu" or dtype != torch.float16 or name in LONG or name == "longer than a block"
 ]
 
 
