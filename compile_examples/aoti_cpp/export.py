@@ -18,12 +18,35 @@ import attn_ops
 from attn_ops import _library
 from attn_ops.nn import MultiheadAttention
 
-DIM, HEADS = 32, 4
+DIM, HEADS, KV_HEADS = 32, 4, 2
 SIZES = ((2, 16), (1, 3), (5, 70))
+
+
+def by_scores(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """L1 attention whose softmax is PyTorch's."""
+    weight = attn_ops.l1_scores(query, key).softmax(-1)
+    return weight @ value.repeat_interleave(HEADS // KV_HEADS, 1)
+
+
+def to_itself_and_the_one_before(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """L1 attention over two edges of each token."""
+    token = torch.arange(query.shape[2], device=query.device)
+    edges = torch.cat([torch.stack([token, x], -1) for x in (token, (token - 1).clamp_min(0))])
+    return attn_ops.l1_sparse_attention(query, key, value, edges)
+
+
+def from_a_state(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Linear attention that could go on."""
+    return attn_ops.linear_attention_with_state(query, key, value, feature_map="softplus")[0]
+
+
 ATTENTIONS = (
     partial(attn_ops.cosine_sim_attention, causal=True),
     partial(attn_ops.l1_attention, causal=True),
+    by_scores,
+    to_itself_and_the_one_before,
     partial(attn_ops.linear_attention, causal=True, feature_map="elu_plus_one"),
+    from_a_state,
 )
 
 
@@ -33,7 +56,9 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            MultiheadAttention(DIM, HEADS, kv_heads=2, attention=attention, rotary_base=10000.0)
+            MultiheadAttention(
+                DIM, HEADS, kv_heads=KV_HEADS, attention=attention, rotary_base=10000.0
+            )
             for attention in ATTENTIONS
         )
 

@@ -30,7 +30,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.ops("cosine_sim", "l1", "linear")
+@pytest.mark.ops("cosine_sim", "l1", "l1_scores", "l1_sparse", "linear", "linear_with_state")
 @pytest.mark.skipif(not _library.loaded_libraries, reason="the ops are in the native library")
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 @pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
