@@ -226,6 +226,17 @@ def needed(ctx: Any) -> Sequence[bool]:
     return ctx.needs_input_grad if unavailable is not None else ctx.needs_input_grad[1:]
 
 
+def saving(num_tensors: int) -> Setup:
+    """Saves the arguments, of which the first so many are tensors, and no result."""
+
+    def setup(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*args[:num_tensors])
+        ctx.options = args[num_tensors:]
+        ctx.set_materialize_grads(False)
+
+    return setup
+
+
 def vjp_of_formula(
     formula: Formula,
     args: Sequence[Any],

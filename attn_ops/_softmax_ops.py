@@ -92,12 +92,6 @@ class PrivateOps:
             grads[i] = result if need else None
         return tuple(grads)
 
-    def save_backward(self, ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        count = len(self.tensors) + 4
-        ctx.options = args[count:]
-        ctx.save_for_backward(*args[:count])
-        ctx.set_materialize_grads(False)
-
     def backward_backward(self, ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
         # The backward is a function of grad_out, grad_lse, the forward's tensors, out and lse.
         count = len(self.tensors)
@@ -108,12 +102,6 @@ class PrivateOps:
     def forward_tangents(self, outputs: tuple[Tensor, Tensor], *args: Any) -> tuple[Tensor, Tensor]:
         named = dict(zip(self.arguments, args, strict=True))
         return self.forward_mode.tangents(getattr(torch.ops.attn, self.jvp), named, outputs[1])
-
-    def save_jvp(self, ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        count = len(self.forward_mode.tensors)
-        ctx.save_for_backward(*args[:count])
-        ctx.options = args[count:]
-        ctx.set_materialize_grads(False)
 
     def jvp_backward(self, ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
         mode, args = self.forward_mode, (*ctx.saved_tensors, *ctx.options)
@@ -156,10 +144,17 @@ def register(
         tangents=ops.forward_tangents,
     )
     ops.call_backward = _autograd.differentiable(
-        ops.backward, ops.save_backward, ops.backward_backward, blocks.backward_formula
+        ops.backward,
+        _autograd.saving(len(ops.tensors) + 4),
+        ops.backward_backward,
+        blocks.backward_formula,
     )
     _autograd.differentiable(
-        ops.jvp, ops.save_jvp, ops.jvp_backward, forward_mode.formula, plain=True
+        ops.jvp,
+        _autograd.saving(len(forward_mode.tensors)),
+        ops.jvp_backward,
+        forward_mode.formula,
+        plain=True,
     )
     ops.batch()
     _library.implement(ops.jvp, forward_mode.in_blocks, "CompositeExplicitAutograd")

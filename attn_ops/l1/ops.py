@@ -147,12 +147,6 @@ def _scores_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]
     return *(x if need else None for x, need in zip(grads, output_mask, strict=True)), None, None
 
 
-def _save_scores_backward(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*args[:3])
-    ctx.options = args[3:]
-    ctx.set_materialize_grads(False)
-
-
 def _scores_backward_backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
     # The sign of q - k has no derivative: these are linear in the gradient alone.
     args = (*ctx.saved_tensors, *ctx.options)
@@ -164,7 +158,7 @@ _scores_forward = _autograd.differentiable(
 )
 _call_scores_backward = _autograd.differentiable(
     "_l1_scores_bwd",
-    _save_scores_backward,
+    _autograd.saving(3),
     _scores_backward_backward,
     in_blocks.scores_backward_formula,
 )

@@ -153,12 +153,6 @@ def _forward_backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor
     return tuple(grads)
 
 
-def _save_backward(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = args[_NUM_TENSORS + 2 :]
-    ctx.save_for_backward(*args[: _NUM_TENSORS + 2])
-    ctx.set_materialize_grads(False)
-
-
 def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
     # The weights take no part: the formula computes them again.
     args = (*ctx.saved_tensors, *ctx.options)
@@ -171,7 +165,10 @@ _autograd.differentiable(
     "_l1_sparse_fwd", _save_forward, _forward_backward, sparse_in_blocks.forward_formula
 )
 _autograd.differentiable(
-    "_l1_sparse_bwd", _save_backward, _backward_backward, sparse_in_blocks.backward_formula
+    "_l1_sparse_bwd",
+    _autograd.saving(_NUM_TENSORS + 2),
+    _backward_backward,
+    sparse_in_blocks.backward_formula,
 )
 
 

@@ -239,15 +239,6 @@ def _forward_backward(
 _DIFFERENTIABLE_TWICE = (0, 1, 2, *(i + 3 for i in (0, 1, 2, _DECAY, 5, 6)))
 
 
-def _save(num_tensors: int) -> Any:
-    def save(ctx: Any, args: tuple[Any, ...], output: Any) -> None:
-        ctx.options = args[num_tensors:]
-        ctx.save_for_backward(*args[:num_tensors])
-        ctx.set_materialize_grads(False)
-
-    return save
-
-
 def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
     # out and denominator take no part: the formula computes them again.
     args = (*ctx.saved_tensors, *ctx.options)
@@ -270,10 +261,10 @@ _forward = _autograd.differentiable(
     "_linear_fwd", _save_forward, _forward_backward, in_blocks.forward_formula
 )
 _backward = _autograd.differentiable(
-    "_linear_bwd", _save(13), _backward_backward, in_blocks.backward_formula
+    "_linear_bwd", _autograd.saving(13), _backward_backward, in_blocks.backward_formula
 )
 _grad_decay = _autograd.differentiable(
-    "_linear_grad_decay", _save(11), _grad_decay_backward, in_blocks.grad_decay_formula
+    "_linear_grad_decay", _autograd.saving(11), _grad_decay_backward, in_blocks.grad_decay_formula
 )
 
 
