@@ -36,10 +36,11 @@ try:
     )
     from torch._C._functorch import TransformType, get_interpreter_stack
     from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd import _profiler_enabled
     from torch.autograd.function import _SingleLevelFunction
 
     # Read here so that their absence is found at import.
-    forward_ad._current_level  # noqa: B018
+    forward_ad._current_level, forward_ad._set_fwd_grad_enabled  # noqa: B018
     _AUTOGRAD, _PRE_DISPATCH = DispatchKey.AutogradFunctionality, DispatchKey.PreDispatch
 except (ImportError, AttributeError) as error:
     unavailable = f"torch {torch.__version__} lacks a private name: {error}"
@@ -162,7 +163,7 @@ def composite(op: str, function: Formula) -> Formula:
             unavailable is not None
             or not _nothing_is_in_between()
             or has_torch_function((*args, *options.values()))
-            or torch.autograd._profiler_enabled()  # which is to see the op
+            or _profiler_enabled()  # which is to see the op
         ):
             return packet(*args, **options)
         for name in floats:

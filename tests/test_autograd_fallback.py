@@ -13,6 +13,8 @@ NAMES = (
     "torch.autograd.function._SingleLevelFunction",
     "torch._C._set_fwd_grad_enabled",
     "torch.autograd.forward_ad._current_level",
+    "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    "torch.autograd._profiler_enabled",
     "torch._functorch.utils.enable_single_level_autograd_function",
     "torch._C._any_requires_grad",
     "torch._C._after_autograd_keyset",
