@@ -9,11 +9,8 @@ processes suffice the other two do nothing.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +28,7 @@ from attn_ops.nn import MultiheadAttention
 from tests.comparison import assert_same
 from tests.conformance.evaluate import cotangents, with_gradients
 from tests.conformance.spec import OpSpec, all_specs, as_tuple
+from tests.doors import processes
 from tests.doors.context_parallel_refusals import check_refusals
 from tests.strategies import Case
 
@@ -225,16 +223,7 @@ def work(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
     line = init_device_mesh("cpu", (WORLD,))
-    done = []
-    for name, one in checks(rank, grid, line):
-        try:
-            one()
-        except Exception:
-            # Other processes may wait for this one: all end here.
-            (folder / f"{rank}.failed").write_text(f"{name}\n{traceback.format_exc()}")
-            os._exit(1)
-        done.append(name)
-    (folder / f"{rank}.json").write_text(json.dumps(done))
+    processes.run(checks(rank, grid, line), rank, folder)
     dist.barrier()
     dist.destroy_process_group()
 

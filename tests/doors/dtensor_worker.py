@@ -8,12 +8,9 @@ that passed, or FOLDER/RANK.failed, the first that did not.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -32,6 +29,7 @@ import attn_ops
 from tests.comparison import assert_same
 from tests.conformance.evaluate import cotangents, with_gradients
 from tests.conformance.spec import OpSpec, all_specs
+from tests.doors import processes
 from tests.strategies import Case
 
 WORLD = 2
@@ -210,16 +208,7 @@ def main(rank: int, folder: Path) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, rank=rank, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
-    done = []
-    for name, one in checks(mesh):
-        try:
-            one()
-        except Exception:
-            # The other process may wait for this one: both end here.
-            (folder / f"{rank}.failed").write_text(f"{name}\n{traceback.format_exc()}")
-            os._exit(1)
-        done.append(name)
-    (folder / f"{rank}.json").write_text(json.dumps(done))
+    processes.run(checks(mesh), rank, folder)
     dist.barrier()
     dist.destroy_process_group()
 

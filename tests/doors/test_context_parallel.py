@@ -3,7 +3,6 @@
 The checks run in four gloo processes, once for all tests: see context_parallel_worker.py.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+
+from tests.doors import processes
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
@@ -36,10 +37,9 @@ def passed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         text=True,
         timeout=300,
     )
-    failed = [file.read_text() for file in sorted(folder.glob("*.failed"))]
-    assert not failed, "\n".join(failed)
+    processes.assert_none_failed(folder)
     assert done.returncode == 0, done.stderr
-    names = [set(json.loads((folder / f"{rank}.json").read_text())) for rank in range(4)]
+    names = processes.passed(folder, 4)
     assert names[0] == names[1] and names[2] == names[3] and names[2] < names[0]
     return names[0]
 

@@ -3,7 +3,6 @@
 The checks run in two gloo processes, once for all tests: see dtensor_worker.py.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.conformance.spec import OpSpec, all_specs
+from tests.doors import processes
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
@@ -29,19 +29,18 @@ def passed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The names of the checks that passed in both processes."""
     folder = tmp_path_factory.mktemp("dtensor")
     worker = [sys.executable, "-W", "ignore", "-m", "tests.doors.dtensor_worker"]
-    processes = [
+    workers = [
         subprocess.Popen([*worker, str(rank), str(folder)], cwd=ROOT, env=environment())
         for rank in range(2)
     ]
     try:
-        for process in processes:
+        for process in workers:
             process.wait(timeout=300)
     finally:
-        for process in processes:
+        for process in workers:
             process.kill()
-    failed = [file.read_text() for file in sorted(folder.glob("*.failed"))]
-    assert not failed, "\n".join(failed)
-    both = [set(json.loads((folder / f"{rank}.json").read_text())) for rank in range(2)]
+    processes.assert_none_failed(folder)
+    both = processes.passed(folder, 2)
     assert both[0] == both[1]
     return both[0]
 
