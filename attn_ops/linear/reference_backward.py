@@ -52,7 +52,8 @@ def of_state(
     """
     state, key_sum = block["state"], block["key_sum"]
     m, n = (torch.arange(x.shape[2], device=x.device) for x in (phi_query, phi_key))
-    number = n.new_tensor(len(n))
+    # Filled on the device: a number copied to it cannot be part of a CUDA graph.
+    number = n.new_full((), len(n))
     before, after = m + 1, len(n) - 1 - n
     of_query = grad @ state.mT + grad_sum.unsqueeze(-1) * key_sum.unsqueeze(2)
     of_key = value @ grad_state.mT + grad_key_sum.unsqueeze(2)

@@ -75,6 +75,7 @@ SCORES = OpSpec(
     differentiable=("query", "key"),
     cases=LAYOUTS | INVERSES | EVERYTHING,
     long=None,
+    unordered=("cuda",),
     examples=(NO_HEADS,),
 )
 SPECS = (L1, SCORES, SPARSE)
