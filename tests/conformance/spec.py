@@ -42,7 +42,8 @@ class OpSpec:
         forward is an argument of it.
     own_backward: argument -> the private op that alone computes its gradient, where `_room_bwd`
         does not.
-    unordered: types of devices where gradients repeat bit by bit in deterministic mode alone.
+    unordered: types of devices where gradients repeat bit by bit in deterministic mode alone;
+        unordered_twice: where gradients of gradients do, which formulas compute.
     """
 
     name: str
@@ -63,6 +64,7 @@ class OpSpec:
     prepares: tuple[str, ...] = ()
     linear_backward: bool = False
     unordered: tuple[str, ...] = ()
+    unordered_twice: tuple[str, ...] = ()
     examples: tuple[Case, ...] = ()  # counterexamples that hypothesis found
 
     def __post_init__(self) -> None:

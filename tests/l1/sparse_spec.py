@@ -129,6 +129,7 @@ SPARSE = OpSpec(
     drawn=drawn,
     resized=resized,
     differentiable=("query", "key", "value", "value_reverse"),
+    unordered_twice=("cuda",),  # the formula's index_add is atomic there
     cases=CASES,
     long=Case(
         batch=1, heads=1, kv_heads=1, width=8, value_width=8, options={"scale": 0.5, **BOTH_WAYS}
