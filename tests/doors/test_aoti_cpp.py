@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._inductor import cpp_builder, exc
+from torch.utils.cpp_extension import CUDA_HOME
 
 from attn_ops import _library
 
@@ -34,6 +35,10 @@ def run(*command: str) -> str:
 @pytest.mark.skipif(not _library.loaded_libraries, reason="the ops are in the native library")
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 @pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(
+    torch.version.cuda is not None and CUDA_HOME is None,
+    reason="the CMake files of a PyTorch that has CUDA look for CUDA",
+)
 def test_package_runs_without_python(tmp_path: Path) -> None:
     run(sys.executable, str(SOURCE / "export.py"), str(tmp_path))
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
