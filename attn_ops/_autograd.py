@@ -34,7 +34,12 @@ try:
         _set_fwd_grad_enabled,
         _set_grad_enabled,
     )
-    from torch._C._functorch import TransformType, get_interpreter_stack
+    from torch._C._functorch import (
+        TransformType,
+        get_interpreter_stack,
+        get_unwrapped,
+        is_functorch_wrapped_tensor,
+    )
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch.autograd import _profiler_enabled
     from torch.autograd.function import _SingleLevelFunction
@@ -206,6 +211,16 @@ def _in_forward_mode() -> bool:
 def _any_dual(args: Sequence[Any]) -> bool:
     """Whether the innermost of the nested transforms gave any argument a tangent."""
     return any(isinstance(x, Tensor) and unpack_dual(x)[1] is not None for x in args)
+
+
+def derivatives_may_follow(tensors: Sequence[Tensor]) -> bool:
+    """Whether, within forward mode, results of these are differentiated once more."""
+    stack = get_interpreter_stack()
+    if stack is not None and len(stack) > 1:
+        return True
+    # What was recorded outside of a transform is seen below its wrapper alone.
+    tensors = [get_unwrapped(x) if is_functorch_wrapped_tensor(x) else x for x in tensors]
+    return _any_requires_grad(*tensors)
 
 
 def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:

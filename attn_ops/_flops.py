@@ -80,10 +80,10 @@ class Call:
         return self.B * self.H * (self.M + self.N) * features * self.E
 
     @property
-    def tangent_width(self) -> int:
-        """Width of the tangents of queries, 0 without."""
-        tangent = self.arguments["tangent_query"]
-        return 0 if tangent is None else tangent.shape[3]
+    def tangents(self) -> int:
+        """How many of query and key have a tangent."""
+        names = ("tangent_query", "tangent_key")
+        return sum(self.arguments[name] is not None for name in names)
 
     @property
     def directions(self) -> int:
@@ -96,11 +96,12 @@ LAWS: dict[str, Callable[[Call], int]] = {
     "_cosine_sim_fwd": lambda a: 2 * a.P * (a.D + a.E),
     "_cosine_sim_bwd": lambda a: 2 * a.P * (3 * a.D + 2 * a.E),
     # Scores, their tangents, and two products with values or tangents of values.
-    "_cosine_sim_jvp": lambda a: 2 * a.P * (a.D + a.tangent_width + 2 * a.E),
+    "_cosine_sim_jvp": lambda a: 2 * a.P * (a.D + a.tangents * a.D + 2 * a.E),
+    "_cosine_sim_unit_jvp": lambda a: 0,
     # A difference, an absolute value and a sum; backwards these again, and two per gradient.
     "_l1_fwd": lambda a: a.P * (3 * a.D + 2 * a.E),
     "_l1_bwd": lambda a: a.P * (7 * a.D + 4 * a.E),
-    "_l1_jvp": lambda a: a.P * (3 * a.D + 3 * a.tangent_width + 4 * a.E),
+    "_l1_jvp": lambda a: a.P * (3 * a.D + 3 * bool(a.tangents) * a.D + 4 * a.E),
     "_l1_scores_fwd": lambda a: 3 * a.P * a.D,
     "_l1_scores_bwd": lambda a: 5 * a.P * a.D,  # the scores are not needed, the difference is
     # Values are added once per direction, the weights are kept.

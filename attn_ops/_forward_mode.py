@@ -2,8 +2,9 @@
 
 `attn::_room_jvp` returns the tangents of out and lse by the formula of the room's reference, a
 block of scores at a time. What it reads beside the arguments of the forward (see _softmax_ops.py):
-lse, which only shifts the scores, and tangents, None where an argument has none. Outputs are
-contiguous: tangent_out in value's dtype, tangent_lse in the dtype of sums.
+lse, which only shifts the scores, tangents, None where an argument has none, and for kernels out,
+which formulas compute again. Outputs are contiguous: tangent_out in value's dtype, tangent_lse in
+the dtype of sums.
 
 Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, E value width.
 """
@@ -24,7 +25,7 @@ from attn_ops._checks import compute_dtype
 from attn_ops._in_blocks import query_blocks
 
 PLACES = {
-    **dict.fromkeys("query key value lse".split(), _vmap.BATCH_HEADS),
+    **dict.fromkeys("query key value out lse".split(), _vmap.BATCH_HEADS),
     **dict.fromkeys("mask bias".split(), _vmap.SCORES),
     **dict.fromkeys("relative_bias sink".split(), _vmap.HEADS),
     **dict.fromkeys("start stop".split(), _vmap.NOWHERE),
@@ -32,7 +33,7 @@ PLACES = {
 DIFFERENTIABLE = "query key value bias relative_bias sink".split()
 PLACES |= {f"tangent_{name}": PLACES[name] for name in DIFFERENTIABLE}
 _PER_KEY = ("key", "value", "tangent_key", "tangent_value")
-_PER_QUERY = ("query", "lse", "tangent_query")
+_PER_QUERY = ("query", "out", "lse", "tangent_query")
 _SCORES = ("mask", "bias", "tangent_bias")
 _DIAGONALS = ("relative_bias", "tangent_relative_bias")
 
@@ -44,6 +45,7 @@ RECORDED = 16
 
 Arguments = dict[str, Any]
 Part = tuple[int, int]  # first, last + 1
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # query, key, their tangents
 
 
 def _scores_of_block(query: Tensor) -> int:
@@ -102,7 +104,7 @@ def _of_queries(args: Arguments, first: int, last: int) -> Arguments:
     last_key = max(first_key, min(num_keys, last + ahead + args["right"]))
     queries, keys = (first, last), (first_key, last_key)
     part = dict(args)
-    for name in _PER_QUERY:
+    for name in args.keys() & set(_PER_QUERY):
         part[name] = _narrow(args[name], 2, queries)
     for name in _PER_KEY:
         if args[name] is not None:
@@ -131,6 +133,8 @@ class ForwardMode:
         key; differentiable.
     score_tangents: (query, key and their tangents or None) -> what it takes as tangent_query and
         tangent_key.
+    by_kernel: (the forward's arguments, dual numbers) -> what `_room_jvp` takes as query, key and
+        their tangents, None where no kernel computes them: then the two above do.
     """
 
     def __init__(
@@ -138,9 +142,10 @@ class ForwardMode:
         tangent: Callable[..., tuple[Tensor, Tensor]],
         score_operands: Callable[..., tuple[Tensor, Tensor]],
         score_tangents: Callable[..., tuple[Tensor | None, Tensor | None]],
+        by_kernel: Callable[[Arguments], Operands | None] = lambda args: None,
     ) -> None:
         self._tangent, self._score_operands = tangent, score_operands
-        self._score_tangents = score_tangents
+        self._score_tangents, self._by_kernel = score_tangents, by_kernel
         self.names = list(inspect.signature(tangent).parameters)
         self.tensors = [name for name in self.names if name in PLACES]
         self.differentiable = [
@@ -176,29 +181,35 @@ class ForwardMode:
                 out[place], lse[place] = self._tangent(**part)
         return out, lse
 
-    def tangents(self, op: Any, args: Arguments, lse: Tensor) -> tuple[Tensor, Tensor]:
+    def tangents(self, op: Any, args: Arguments, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Tangents of out and lse, from the forward's arguments, which are dual numbers.
 
-        op: `attn::_room_jvp`; lse: the forward's.
+        op: `attn::_room_jvp`; out, lse: the forward's.
         """
-        dtype = compute_dtype(args["query"].dtype)
-        wide = args | {name: args[name].to(dtype) for name in ("query", "key")}
-        wanted = inspect.signature(self._score_operands).parameters
-        query, key = self._score_operands(**{name: wide[name] for name in wanted})
-        values = args | {"query": query, "key": key, "lse": lse.detach()}
+        values = args | {"out": out.detach(), "lse": lse.detach()}
         for name in DIFFERENTIABLE:
             x = values[name]
             pair = (None, None) if x is None else _autograd.unpack_dual(x)
             values[name], values[f"tangent_{name}"] = pair
-        names = ("query", "key", "tangent_query", "tangent_key")
-        moved = self._score_tangents(*(values[name] for name in names))
-        values["tangent_query"], values["tangent_key"] = moved
+        operands = self._by_kernel(args) or self._operands(args)
+        values |= zip(("query", "key", "tangent_query", "tangent_key"), operands)
         return self._in_recorded_blocks(op, {name: values[name] for name in self.names})
+
+    def _operands(self, args: Arguments) -> Operands:
+        """What scores are made of, and its tangents, in the dtype of sums."""
+        dtype = compute_dtype(args["query"].dtype)
+        wide = args | {name: args[name].to(dtype) for name in ("query", "key")}
+        wanted = inspect.signature(self._score_operands).parameters
+        duals = self._score_operands(**{name: wide[name] for name in wanted})
+        (query, tangent_query), (key, tangent_key) = map(_autograd.unpack_dual, duals)
+        return query, key, *self._score_tangents(query, key, tangent_query, tangent_key)
 
     def _in_recorded_blocks(self, op: Any, args: Arguments) -> tuple[Tensor, Tensor]:
         """A call of `op` per block of queries: its derivative holds the scores of one at a time."""
         query, key = args["query"], args["key"]
-        if is_fake(query):  # a compiler would unroll the loop over blocks, for this length alone
+        tensors = [x for x in args.values() if isinstance(x, Tensor)]
+        # A compiler would unroll the loop over blocks, for this length alone.
+        if is_fake(query) or not _autograd.derivatives_may_follow(tensors):
             return op(*args.values())
         fewest = FEWEST_QUERIES * query.shape[0] * query.shape[1] * key.shape[2]
         scores = max(RECORDED * _scores_of_block(query), fewest)

@@ -114,12 +114,12 @@ def load_cuda_library() -> str | None:
     return None
 
 
-def triton_room(room: str) -> Any:
+def triton_room(room: str, module: str = "triton") -> Any:
     """The Triton kernels of a room, imported at the first CUDA launch."""
     import importlib
 
     try:
-        return importlib.import_module(f"attn_ops.{room}.triton")
+        return importlib.import_module(f"attn_ops.{room}.{module}")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

@@ -101,7 +101,7 @@ class PrivateOps:
 
     def forward_tangents(self, outputs: tuple[Tensor, Tensor], *args: Any) -> tuple[Tensor, Tensor]:
         named = dict(zip(self.arguments, args, strict=True))
-        return self.forward_mode.tangents(getattr(torch.ops.attn, self.jvp), named, outputs[1])
+        return self.forward_mode.tangents(getattr(torch.ops.attn, self.jvp), named, *outputs)
 
     def jvp_backward(self, ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
         mode, args = self.forward_mode, (*ctx.saved_tensors, *ctx.options)
@@ -127,6 +127,7 @@ def register(
     forward_mode: ForwardMode,
     forward_cuda: Kernel,
     backward_cuda: Kernel,
+    jvp_cuda: Kernel | None = None,
 ) -> Kernel:
     """Everything about the private ops of `room` but their kernels for the CPU.
 
@@ -157,17 +158,19 @@ def register(
         plain=True,
     )
     ops.batch()
-    _library.implement(ops.jvp, forward_mode.in_blocks, "CompositeExplicitAutograd")
+    implement(ops.jvp, forward_mode.in_blocks, jvp_cuda)
     implement(ops.forward, blocks.forward, forward_cuda)
     implement(ops.backward, blocks.backward, backward_cuda)
     return call_forward
 
 
-def implement(op: str, blocks: Kernel, cuda: Kernel) -> None:
+def implement(op: str, blocks: Kernel, cuda: Kernel | None) -> None:
     """`blocks` serves wherever there is no kernel; on CUDA `cuda` does, but not in float64."""
+    _library.implement(op, blocks, "CompositeExplicitAutograd")
+    if cuda is None:
+        return
 
     def on_cuda(first: Tensor, *args: Any) -> Any:
         return (blocks if first.dtype == torch.float64 else cuda)(first, *args)
 
-    _library.implement(op, blocks, "CompositeExplicitAutograd")
     _library.implement(op, on_cuda, "CUDA")

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attn_ops import _autograd, _library, _softmax_ops
+from attn_ops import _autograd, _library, _softmax_ops, _vmap
 from attn_ops._arguments import check_scale, fold
 from attn_ops._checks import (
     check_floating,
@@ -25,7 +25,7 @@ from attn_ops._checks import (
     fail,
     shape,
 )
-from attn_ops.cosine_sim.in_blocks import ATTENTION, FORWARD_MODE
+from attn_ops.cosine_sim.in_blocks import ATTENTION, FORWARD_MODE, unit_tangents
 from attn_ops.cosine_sim.normalize import unit_slices
 
 _library.define("cosine_sim")
@@ -131,6 +131,29 @@ def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
     return _library.triton_room("cosine_sim").backward(*args)
 
 
+def _jvp_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    return _library.triton_room("cosine_sim", "triton_jvp").jvp(*args)
+
+
+def _unit_jvp_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    return _library.triton_room("cosine_sim", "triton_jvp").unit_jvp(*args)
+
+
+def _unit_jvp_backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
+    args = (*ctx.saved_tensors, *ctx.options)
+    return _autograd.vjp_of_formula(unit_tangents, args, cotangents, (0, 1))
+
+
+@_library.fake("_cosine_sim_unit_jvp")
+def _unit_jvp_fake(x: Tensor, tangent: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+_autograd.differentiable(
+    "_cosine_sim_unit_jvp", _autograd.saving(2), _unit_jvp_backward, unit_tangents, plain=True
+)
+_vmap.register("_cosine_sim_unit_jvp", [_vmap.BATCH_HEADS] * 2, [_vmap.BATCH_HEADS] * 2)
+_softmax_ops.implement("_cosine_sim_unit_jvp", unit_tangents, _unit_jvp_cuda)
 _forward = _softmax_ops.register(
-    "cosine_sim", ATTENTION, FORWARD_MODE, _forward_cuda, _backward_cuda
+    "cosine_sim", ATTENTION, FORWARD_MODE, _forward_cuda, _backward_cuda, _jvp_cuda
 )

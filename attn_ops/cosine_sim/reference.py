@@ -140,6 +140,7 @@ def tangent(
     sink: Tensor | None,
     start: Tensor | None,
     stop: Tensor | None,
+    out: Tensor,
     lse: Tensor,
     tangent_query: Tensor | None,
     tangent_key: Tensor | None,
@@ -149,14 +150,16 @@ def tangent(
     tangent_sink: Tensor | None,
     left: int,
     right: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Tangents of out and lse, where scores are q·k and move by tangent_query · tangent_key."""
+    """Tangents of out and lse, where scores are scale * q·k."""
     heads, num_queries, num_keys = query.shape[1], query.shape[2], key.shape[2]
-    score = query @ per_query_head(key, heads).mT
-    score = biased(score, mask, bias, relative_bias, start, stop, left, right)
-    moved = None
-    if tangent_query is not None and tangent_key is not None:
-        moved = tangent_query @ per_query_head(tangent_key, heads).mT
+    columns, query = per_query_head(key, heads).mT, scale * query
+    score = biased(query @ columns, mask, bias, relative_bias, start, stop, left, right)
+    moved = None if tangent_query is None else scale * tangent_query @ columns
+    if tangent_key is not None:
+        by_key = query @ per_query_head(tangent_key, heads).mT
+        moved = by_key if moved is None else moved + by_key
     moved = biases_tangent(moved, tangent_bias, tangent_relative_bias, num_queries, num_keys)
     return attend_tangent(score, moved, value, sink, lse, tangent_value, tangent_sink)
 
@@ -167,21 +170,15 @@ def score_operands(
     head_scale: Tensor | None,
     query_gain: Tensor | None,
     key_gain: Tensor | None,
-    scale: float,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Query and key whose products are the scores before any bias."""
+    """Query and key whose products, times scale, are the scores before any bias."""
     unit_query, unit_key = prepare(query, query_gain, groups), prepare(key, key_gain, groups)
-    return unit_query * row_scale(scale, head_scale), unit_key
+    return unit_query * row_scale(1.0, head_scale), unit_key
 
 
 def score_tangents(
     query: Tensor, key: Tensor, tangent_query: Tensor | None, tangent_key: Tensor | None
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Vectors whose products are q'·k + q·k': twice as wide where both have a tangent."""
-    pairs = [(tangent_query, key), (query, tangent_key)]
-    present = [(q, k) for q, k in pairs if q is not None and k is not None]
-    if not present:
-        return None, None
-    queries, keys = zip(*present, strict=True)
-    return torch.cat(queries, -1), torch.cat(keys, -1)
+) -> tuple[Tensor | None, Tensor | None]:
+    """What `tangent` reads: the tangents as they are."""
+    return tangent_query, tangent_key

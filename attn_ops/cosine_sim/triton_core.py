@@ -100,19 +100,19 @@ def stream(width: int) -> Launch:
     return Launch(4096 // columns, columns, 4, 1)
 
 
-def _unit(x: Tensor, gain: Tensor | None, groups: int) -> Tensor:
+def unit(x: Tensor, gain: Tensor | None, groups: int) -> Tensor:
     """x [B, H, M, D] as it enters the dot product."""
     if not groups:
         return x
     batch, heads, rows, width = x.shape
-    unit = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sizes = stream(width // groups)
     launch(
         triton_normalize.normalize_kernel, batch * heads * triton.cdiv(rows * groups, sizes.rows),
-        sizes, strided(x), contiguous(gain), unit, rows, heads, groups,
+        sizes, strided(x), contiguous(gain), result, rows, heads, groups,
         WIDTH=width // groups, ROWS=sizes.rows, PADDED=sizes.columns,
     )  # fmt: skip
-    return unit
+    return result
 
 
 def _precision(inputs: Inputs) -> str:
@@ -143,8 +143,8 @@ def prepare(inputs: Inputs, *, raw_query: bool = False) -> Core:
     }  # fmt: skip
     query = inputs.query
     if not raw_query:
-        query = _unit(query, inputs.query_gain, inputs.groups)
-    key = _unit(inputs.key, inputs.key_gain, inputs.groups)
+        query = unit(query, inputs.query_gain, inputs.groups)
+    key = unit(inputs.key, inputs.key_gain, inputs.groups)
     return Core(query, key, inputs.value, scoring, terms, constants)
 
 

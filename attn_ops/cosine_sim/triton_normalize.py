@@ -94,7 +94,7 @@ def normalize_backward_kernel(
     tile = tl.load(pointers + columns.to(tl.int64)[None, :] * x.column, mask=inside, other=0.0)
     tile = tile.to(tl.float32)
     offsets = ((batch * num_heads + head) * num_rows + rows) * (groups * WIDTH) + columns[None, :]
-    raw = tl.load(grad + offsets, mask=inside, other=0.0)
+    raw = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
 
     inverse = tl.full([ROWS], 1.0, tl.float32)
     if NORM is not None:

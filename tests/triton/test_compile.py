@@ -108,6 +108,28 @@ def launch_cosine_sim(dtype: torch.dtype, width: int, with_terms: bool) -> None:
     kernels.backward(grad_out, None, *arguments, out, lse, *options, wanted)
 
 
+def launch_forward_mode(dtype: torch.dtype, width: int, with_terms: bool) -> None:
+    """Unit vectors and the tangents of attention: of query, key and value, or of everything."""
+    batch, heads, length = 2, 4, 1024
+    kernels = _library.triton_room("cosine_sim", "triton_jvp")
+    query, key, value = inputs(dtype, width)
+    results = [kernels.unit_jvp(x, x, 2 if with_terms else 1) for x in (query, key)]
+    (query, tangent_query), (key, tangent_key) = results
+    terms: list[torch.Tensor | None] = [None] * 4
+    if with_terms:
+        terms = [
+            empty(batch, 1, 1, length, dtype=torch.bool),
+            empty(1, heads, length, length, dtype=dtype),
+            empty(heads, 2 * length - 1, dtype=torch.float32),
+            empty(heads, dtype=torch.float32),
+        ]
+    out = empty(batch, heads, length, width, dtype=dtype)
+    lse = empty(batch, heads, length, dtype=torch.float32)
+    tangents = (tangent_query, tangent_key, value, *terms[1:])
+    arguments = (query, key, value, *terms, None, None, out, lse, *tangents)
+    kernels.jvp(*arguments, masks.UNBOUNDED, 0, 8.0)
+
+
 def launch_linear(dtype: torch.dtype, width: int, with_terms: bool) -> None:
     """The same; with terms also a step, and without none that is divided."""
     kernels = _library.triton_room("linear")
@@ -190,6 +212,36 @@ def test_kernels_of_cosine_sim_fit(
     # One norm over the whole row is part of the core.
     assert len(names) == (8 if with_terms else 5), names
     check(compiled, capability, stack)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "with_terms"),
+    [
+        (90, torch.bfloat16, 64, False),
+        (90, torch.bfloat16, 128, False),
+        (90, torch.bfloat16, 256, False),
+        (90, torch.float32, 128, False),
+        (90, torch.float16, 64, False),
+        (80, torch.bfloat16, 128, True),
+        (80, torch.float32, 64, True),
+        (89, torch.bfloat16, 256, True),
+        (100, torch.float16, 128, True),
+    ],
+)
+def test_kernels_of_forward_mode_fit(
+    compiled: list[tuple[str, Any]],
+    capability: int,
+    dtype: torch.dtype,
+    width: int,
+    with_terms: bool,
+) -> None:
+    launch_forward_mode(dtype, width, with_terms)
+    assert {name for name, _ in compiled} == {
+        "normalize_kernel",
+        "normalize_backward_kernel",
+        "jvp_kernel",
+    }
+    check(compiled, capability)
 
 
 @pytest.mark.parametrize(

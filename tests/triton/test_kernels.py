@@ -11,7 +11,7 @@ from tests.conftest import DEVICE
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent.parent
-KERNELS = ("kernels", "linear_kernels", "l1_sparse_kernels")
+KERNELS = ("kernels", "forward_mode_kernels", "linear_kernels", "l1_sparse_kernels")
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
