@@ -29,6 +29,18 @@ def strided(tensor: Tensor) -> Strided:
     return Strided(tensor, *tensor.stride())
 
 
+def row_major(tensor: Tensor) -> Tensor:
+    """The tensor, copied where neighbours in a row are not neighbours in memory.
+
+    Triton lays tiles out in the order of their strides. Products of tiles whose rows are not
+    contiguous need more descriptors, and ptxas of CUDA 12.8, out of uniform registers, then uses
+    some that it never set: illegal reads (benchmarks/LOG.md). Checked by test_compile.py.
+    """
+    if tensor.stride(-1) == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def padded(width: int, dtype: torch.dtype) -> int:
     """The width of the tile that holds `width` columns: a power of two that `tl.dot` takes.
 

@@ -3,6 +3,7 @@
 Imported at the first CUDA launch. Queries and keys are normalised once (triton_normalize.py), the
 core works on unit vectors in the input's dtype (triton_forward.py, triton_backward.py,
 triton_bias.py), and the gradients go back through the norm. `scale` stays out of 16-bit operands.
+Forwards that the CUDA library has kernels for go there (cuda.py).
 
 Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width,
 E value width. Arguments are those of the private ops (see ops.py).
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from attn_ops._triton.descriptors import tiles
 from attn_ops._triton.launch import launch
-from attn_ops._triton.tiles import strided
+from attn_ops._triton.tiles import row_major, strided
 from attn_ops._triton.visibility import Band
-from attn_ops.cosine_sim import triton_backward, triton_bias, triton_forward, triton_normalize
+from attn_ops.cosine_sim import cuda, triton_backward, triton_bias, triton_forward, triton_normalize
 from attn_ops.cosine_sim.triton_core import Core, Inputs, contiguous, fixed_shift, prepare, stream
 from attn_ops.cosine_sim.triton_launches import (
     FORWARD,
@@ -38,6 +39,9 @@ GRADS = "query key value bias relative_bias head_scale query_gain key_gain sink"
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """`attn::_cosine_sim_fwd`: out [B, H, M, E] and lse [B, H, M] float32."""
     inputs = Inputs(*args)
+    shift = fixed_shift(inputs)
+    if cuda.serves(inputs, shift):
+        return cuda.forward(inputs)
     batch, heads, num_queries, _ = inputs.query.shape
     out = inputs.query.new_empty(batch, heads, num_queries, inputs.value.shape[3])
     lse = inputs.query.new_empty(batch, heads, num_queries, dtype=torch.float32)
@@ -50,7 +54,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
             triton_forward.forward_kernel, batch * heads * triton.cdiv(num_queries, sizes.rows),
             sizes, *core.operands(sizes.rows, sizes.columns),
             tiles(out, sizes.rows, core.constants["BE"]), lse, contiguous(inputs.sink),
-            core.scoring, core.terms, inputs.keys_seen(), fixed_shift(inputs),
+            core.scoring, core.terms, inputs.keys_seen(), shift,
             **core.constants, BM=sizes.rows, BN=sizes.columns, NORMALIZE=raw,
         )  # fmt: skip
     return out, lse
@@ -63,7 +67,7 @@ def backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Ten
     wanted = {name for name, wants in zip(GRADS, output_mask) if wants}
     with torch.cuda.device_of(inputs.query):
         core = prepare(inputs)
-        rows = Rows(grad_out, lse.contiguous(), _delta(out, grad_out, grad_lse))
+        rows = Rows(row_major(grad_out), lse.contiguous(), _delta(out, grad_out, grad_lse))
         grads: dict[str, Tensor | None] = {}
         if wanted & {"query", "query_gain", "head_scale"}:
             grads |= _query_side(inputs, core, rows, wanted)

@@ -17,7 +17,7 @@ from attn_ops._triton.bias import PairTerms, pair_terms
 from attn_ops._triton.descriptors import tiles
 from attn_ops._triton.launch import Launch, Table, choose, dot_precision, launch
 from attn_ops._triton.softmax import LOG2_E
-from attn_ops._triton.tiles import padded, strided
+from attn_ops._triton.tiles import padded, row_major, strided
 from attn_ops._triton.visibility import Band, keys_seen, queries_seeing
 from attn_ops.cosine_sim import triton_normalize
 
@@ -103,7 +103,7 @@ def stream(width: int) -> Launch:
 def unit(x: Tensor, gain: Tensor | None, groups: int) -> Tensor:
     """x [B, H, M, D] as it enters the dot product."""
     if not groups:
-        return x
+        return row_major(x)
     batch, heads, rows, width = x.shape
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sizes = stream(width // groups)
@@ -145,7 +145,7 @@ def prepare(inputs: Inputs, *, raw_query: bool = False) -> Core:
     if not raw_query:
         query = unit(query, inputs.query_gain, inputs.groups)
     key = unit(inputs.key, inputs.key_gain, inputs.groups)
-    return Core(query, key, inputs.value, scoring, terms, constants)
+    return Core(row_major(query), key, row_major(inputs.value), scoring, terms, constants)
 
 
 def fixed_shift(inputs: Inputs) -> float | None:

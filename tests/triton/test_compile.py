@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from attn_ops import _library, masks
+from tests.triton.uniform_registers import read_before_set
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -58,16 +59,21 @@ def compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[
     yield launches
 
 
-def stack_bytes(kernel: Any) -> int:
-    """Bytes of local memory per thread, as the cuobjdump of Triton's wheel reads them."""
+def described(kernel: Any, tool: str, option: str) -> str:
+    """What a tool of Triton's wheel says about the machine code."""
     import triton.backends.nvidia as backend
 
-    cuobjdump = Path(backend.__file__).parent / "bin" / "cuobjdump"
+    path = Path(backend.__file__).parent / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [str(cuobjdump), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(path), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def stack_bytes(kernel: Any) -> int:
+    """Bytes of local memory per thread."""
+    text = described(kernel, "cuobjdump", "-res-usage")
     found = re.search(r"STACK:(\d+)", text)
     assert found, text
     return int(found[1])
@@ -180,6 +186,9 @@ def check(compiled: list[tuple[str, Any]], capability: int, most: int = STACK) -
         shared, stack = kernel.metadata.shared, stack_bytes(kernel)
         assert shared <= SHARED_MEMORY[capability], f"{name} takes {shared} bytes of shared memory"
         assert stack <= most, f"{name} spills {stack} bytes per thread"
+        if capability == 90 and "wgmma" in kernel.asm["ptx"]:
+            unset = read_before_set(described(kernel, "nvdisasm", "-c"))
+            assert not unset, f"{name} reads registers that nothing set: {unset}"
 
 
 @pytest.mark.parametrize(
@@ -212,6 +221,22 @@ def test_kernels_of_cosine_sim_fit(
     # One norm over the whole row is part of the core.
     assert len(names) == (8 if with_terms else 5), names
     check(compiled, capability, stack)
+
+
+@pytest.mark.parametrize("capability", [90])
+def test_kernels_of_cosine_sim_set_what_they_read_whatever_the_strides(
+    compiled: list[tuple[str, Any]], capability: int
+) -> None:
+    """The gradient of a sum is expanded; of columns, row after row is not contiguous."""
+    kernels = _library.triton_room("cosine_sim")
+    query, out, lse = (empty(2, 2, 5, *width, dtype=torch.float32) for width in ((8,), (6,), ()))
+    key, value = (empty(2, 2, width, 7, dtype=torch.float32).mT for width in (8, 6))
+    options = (masks.UNBOUNDED, masks.UNBOUNDED, 8.0, 1)
+    grad_out = torch.empty((), device="meta").expand_as(out)
+    arguments = (query, key, value, *[None] * 9, out, lse)
+    kernels.backward(grad_out, None, *arguments, *options, [True] * 3 + [False] * 6)
+    assert "grad_key_value_kernel" in [name for name, _ in compiled]
+    check(compiled, capability)
 
 
 @pytest.mark.parametrize(
