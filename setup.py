@@ -47,6 +47,10 @@ COMPILE += STABLE_ABI
 
 # Machine code for Hopper, and PTX for what comes after. Blocks are too large for GPUs before it.
 GPUS = "9.0+PTX"
+# Files of this name use instructions that only Hopper has: machine code that runs nowhere else, and
+# is left out where it is not asked for.
+HOPPER_SOURCES, HOPPER = "*_sm90a.cu", "9.0"
+HOPPER_FLAGS = ["-gencode=arch=compute_90a,code=sm_90a"]
 COMPILE_CUDA = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", *STABLE_ABI]
 COMPILE_CUDA += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 
@@ -115,10 +119,15 @@ def nvcc(torch: Path) -> str | None:
     return found
 
 
+def gpus() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST as PyTorch's own extensions read it."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", GPUS).replace(" ", ";").split(";")
+
+
 def gpu_flags() -> list[str]:
-    """nvcc's targets, from TORCH_CUDA_ARCH_LIST as PyTorch's own extensions read it."""
+    """nvcc's targets."""
     flags = []
-    for name in os.environ.get("TORCH_CUDA_ARCH_LIST", GPUS).replace(" ", ";").split(";"):
+    for name in gpus():
         number = name.removesuffix("+PTX").replace(".", "")
         code = f"[sm_{number},compute_{number}]" if name.endswith("+PTX") else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={code}")
@@ -198,10 +207,17 @@ class BuildLibrary(build_ext):
 
     def build_cuda(self, compiler: str, folder: Path, torch: Path) -> None:
         folder.mkdir(exist_ok=True)
-        sources = [*sorted((ROOT / "csrc").rglob("*.cu")), ROOT / "csrc/common/checks.cpp"]
+        hopper = sorted((ROOT / "csrc").rglob(HOPPER_SOURCES))
+        sources = [x for x in sorted((ROOT / "csrc").rglob("*.cu")) if x not in hopper]
+        sources.append(ROOT / "csrc/common/checks.cpp")
+        parts = [(sources, gpu_flags())]
+        if any(name.removesuffix("+PTX").removesuffix("a") == HOPPER for name in gpus()):
+            parts.append((hopper, HOPPER_FLAGS))
         try:
-            command = [compiler, *COMPILE_CUDA, *gpu_flags()]
-            objects = compile_objects(command, sources, folder, torch)
+            command = [compiler, *COMPILE_CUDA]
+            objects = []
+            for part, flags in parts:
+                objects += compile_objects([*command, *flags], part, folder, torch)
             # Its names of libtorch_cuda are found when it is loaded: a CPU build of torch has none.
             link([compiler], objects, self.target(CUDA_LIBRARY), torch)
         except subprocess.CalledProcessError as error:

@@ -18,15 +18,12 @@ from torch.utils.cpp_extension import include_paths
 COMMON = ["-Icsrc", "-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 COMMON += [flag for path in include_paths() for flag in ("-isystem", path)]
 COMMON += ["-O1", "-c", "-o", "/dev/null"]
-GPU = "-gencode=arch=compute_90,code=sm_90"
+CUDA = ["-std=c++20", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xptxas", "-O1"]
 
-# compiler, files, flags
+# compiler, files, flags. Hopper's own sources compile for other GPUs too, to empty kernels.
 TARGETS = (
-    (
-        "nvcc",
-        "*.cu",
-        ["-std=c++20", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xptxas", "-O1", GPU],
-    ),
+    ("nvcc", "*.cu", [*CUDA, "-gencode=arch=compute_90,code=sm_90"]),
+    ("nvcc", "*_sm90a.cu", [*CUDA, "-gencode=arch=compute_90a,code=sm_90a"]),
     ("aarch64-linux-gnu-g++", "*.cpp", ["-std=c++17"]),
     ("clang++", "*.cpp", ["-std=c++17", "-Wno-bitwise-conditional-parentheses"]),
 )

@@ -58,14 +58,16 @@ def serving_cpu(room: str) -> Serving:
 def serving_cuda(room: str) -> Serving:
     """CUDA C++ and Triton where the room has such kernels, and what they need is there.
 
-    The reference serves in place of CUDA C++, but not of Triton.
+    In place of CUDA C++ the room's Triton serves the same ops where it has them (triton.py), and
+    the reference elsewhere. Nothing serves in place of Triton.
     """
     folder = _library.PACKAGE / room
     kernels, missing = [], []
     if (folder / "cuda.py").exists():
         of_room = import_module(f"attn_ops.{room}.cuda")
         reason = of_room.missing(torch.device("cuda")) if torch.cuda.is_available() else None
-        kernels.append("reference" if reason else "CUDA C++")
+        instead = [] if (folder / "triton.py").exists() else ["reference"]
+        kernels += instead if reason else ["CUDA C++"]
         missing += [reason] if reason else []
     if any(folder.glob("triton*.py")):
         if triton_version() is None:

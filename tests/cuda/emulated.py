@@ -19,13 +19,13 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def load() -> None:
-    """Builds and loads the library: every `attn::_*_cuda` op, for CPU tensors."""
+def load(room: str) -> None:
+    """Builds and loads the library: the room's `attn::_*_cuda` ops, for CPU tensors."""
     command = [str(compiler()), *FLAGS, f"-I{ROOT / 'tests/cuda'}", f"-I{ROOT / 'csrc'}"]
     folder = Path(torch.__file__).parent
     command += ["-isystem", str(folder / "include")]
     with tempfile.TemporaryDirectory() as target:
-        objects = [_object(command, source, Path(target)) for source in _sources()]
+        objects = [_object(command, source, Path(target)) for source in _sources(room)]
         for process, _ in objects:
             if process.wait():
                 raise RuntimeError(f"{process.args!r} failed")
@@ -35,8 +35,8 @@ def load() -> None:
         torch.ops.load_library(str(library))
 
 
-def _sources() -> list[Path]:
-    return [*sorted((ROOT / "csrc").rglob("*.cu")), ROOT / "csrc/common/checks.cpp"]
+def _sources(room: str) -> list[Path]:
+    return [*sorted((ROOT / "csrc" / room).rglob("*.cu")), ROOT / "csrc/common/checks.cpp"]
 
 
 def _object(command: list[str], source: Path, target: Path) -> tuple[subprocess.Popen[bytes], str]:

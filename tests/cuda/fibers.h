@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -13,7 +14,9 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
+#include <random>
 #include <vector>
 
 struct dim3 {
@@ -51,6 +54,42 @@ struct Barrier {
   long generation = 0;
 };
 
+// A barrier in shared memory. Copies of the copy engine arrive when somebody waits for them.
+struct PhaseBarrier {
+  uint32_t count = 0, arrived = 0, parity = 0;
+  long bytes = 0;  // expected and not yet there
+  std::vector<std::function<uint32_t()>> copies;
+};
+
+// A product that a warpgroup has started: what it reads, as it was then, and its result.
+struct Product {
+  int started = 0, retired = 0;
+  bool from_registers = false, k_major = true, a_k_major = true;
+  int columns = 0;
+  uint64_t a = 0, b = 0;
+  uint32_t fragment[128][4];
+  std::vector<uint16_t> left, right;  // 64 x 16, 16 x columns
+  std::vector<float> result;          // 64 x columns
+};
+
+struct Warpgroup {
+  std::vector<std::shared_ptr<Product>> products;
+};
+
+// Registers that products under way write.
+struct InFlight {
+  float* where;
+  int pending = 0;
+  std::vector<float> value;
+};
+
+struct Started {
+  std::shared_ptr<Product> product;
+  float* where;
+  bool accumulate;
+  const uint32_t* fragment;
+};
+
 struct Warp {
   Barrier barrier;
   alignas(16) unsigned char deposits[kWarp][kLargestValue];
@@ -62,8 +101,15 @@ struct Fiber {
   dim3 index;
   int rank = 0;
   bool finished = false;
+  const char* place = "?";
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  // products of the warpgroup that this thread takes part in
+  size_t products = 0;
+  bool fenced = false;
+  std::vector<Started> started;
+  std::deque<std::vector<Started>> product_groups;
+  std::vector<InFlight> in_flight;
 };
 
 struct Block {
@@ -72,6 +118,10 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barrier;
   std::vector<float4> shared;
+  unsigned char* aligned = nullptr;  // 1024 bytes
+  std::map<uint32_t, PhaseBarrier> phases;
+  std::map<int, Barrier> named;
+  std::vector<Warpgroup> warpgroups;
   ucontext_t scheduler;
   Fiber* current = nullptr;
   long progress = 0;
@@ -97,6 +147,7 @@ inline void arrive(Barrier& barrier) {
 }
 
 inline void wait(Barrier& barrier) {
+  block()->current->place = "a barrier of its warp or block";
   const long generation = barrier.generation;
   arrive(barrier);
   while (barrier.generation == generation) yield();
@@ -119,6 +170,9 @@ inline void main_of_fiber() {
       if (!group.empty()) fail("a thread ended before its asynchronous copies did");
     }
   }
+  if (!self->started.empty() || !self->product_groups.empty()) {
+    fail("a thread ended before its products did");
+  }
   self->finished = true;
   ++b->progress;
   finish(b->barrier);
@@ -126,9 +180,43 @@ inline void main_of_fiber() {
   swapcontext(&self->context, &b->scheduler);
 }
 
+// EMULATOR_ORDER: 0 threads go in order, 1 backwards, 2 warps in another order each time, some of
+// them seldom.
+inline void order_fibers(std::vector<int>& order, Block& b) {
+  static const char* wanted = std::getenv("EMULATOR_ORDER");
+  static std::mt19937 random;
+  static std::vector<unsigned> rests;
+  static int left = 0;
+  const int mode = wanted ? std::atoi(wanted) : 0, count = static_cast<int>(b.fibers.size());
+  order.resize(count);
+  for (int i = 0; i < count; ++i) order[i] = mode == 1 ? count - 1 - i : i;
+  if (mode != 2) return;
+  std::vector<int> warps(count / kWarp);
+  if (left-- <= 0 || rests.size() != warps.size()) {
+    left = 256;
+    rests.resize(warps.size());
+    for (unsigned& rest : rests) rest = random() % 3 == 0 ? 32 : 1;
+  }
+  for (int i = 0; i < count / kWarp; ++i) warps[i] = i;
+  std::shuffle(warps.begin(), warps.end(), random);
+  order.clear();
+  for (int warp : warps) {
+    if (random() % rests[warp] != 0) {
+      ++b.progress;  // nobody is to blame
+      continue;
+    }
+    for (int i = 0; i < kWarp; ++i) order.push_back(warp * kWarp + i);
+  }
+}
+
 inline void run_block(Block& b) {
   const int threads = static_cast<int>(b.size.x);
   std::memset(static_cast<void*>(b.shared.data()), 0xff, b.shared.size() * sizeof(float4));
+  b.aligned = reinterpret_cast<unsigned char*>(
+      (reinterpret_cast<uintptr_t>(b.shared.data()) + 1023) / 1024 * 1024);
+  b.phases.clear();
+  b.named.clear();
+  b.warpgroups.assign((threads + 127) / 128, Warpgroup{});
   b.barrier = {0, threads, 0};
   b.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
   for (int i = 0; i < threads; ++i) {
@@ -138,6 +226,9 @@ inline void run_block(Block& b) {
     fiber.finished = false;
     fiber.open.clear();
     fiber.groups.clear();
+    fiber.products = 0;
+    fiber.fenced = false;
+    fiber.in_flight.clear();
     ++b.warps[i / kWarp].barrier.members;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -145,15 +236,36 @@ inline void run_block(Block& b) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, main_of_fiber, 0);
   }
+  std::vector<int> order(threads);
+  for (int i = 0; i < threads; ++i) order[i] = i;
   for (int left = threads; left > 0;) {
     const long before = b.progress;
-    for (Fiber& fiber : b.fibers) {
+    order_fibers(order, b);
+    for (int i : order) {
+      Fiber& fiber = b.fibers[i];
       if (fiber.finished) continue;
       b.current = &fiber;
       swapcontext(&b.scheduler, &fiber.context);
       if (fiber.finished) --left;
     }
-    if (left > 0 && b.progress == before) fail("a barrier that not all threads reach");
+    if (left > 0 && b.progress == before) {
+      for (Fiber& fiber : b.fibers) {
+        if (!fiber.finished && fiber.rank % 32 == 0) {
+          std::fprintf(stderr, "warp %d waits at %s\n", fiber.rank / 32, fiber.place);
+        }
+      }
+      for (const auto& [at, barrier] : b.phases) {
+        std::fprintf(stderr, "barrier at %u: %u of %u, parity %u, %ld bytes, %zu copies\n", at,
+                     barrier.arrived, barrier.count, barrier.parity, barrier.bytes,
+                     barrier.copies.size());
+      }
+      for (Fiber& fiber : b.fibers) {
+        if (!fiber.finished && fiber.rank % 32 < 2) {
+          std::fprintf(stderr, "thread %d waits at %s\n", fiber.rank, fiber.place);
+        }
+      }
+      fail("a barrier that not all threads reach");
+    }
   }
 }
 
@@ -163,7 +275,7 @@ inline void run(dim3 grid, int threads, size_t shared, std::function<void()> ker
   b.grid = grid;
   b.size = dim3(threads);
   b.fibers = std::vector<Fiber>(threads);
-  b.shared.resize(shared / sizeof(float4) + 1);
+  b.shared.resize(shared / sizeof(float4) + 1 + 64);
   b.kernel = std::move(kernel);
   block() = &b;
   for (unsigned z = 0; z < grid.z; ++z) {

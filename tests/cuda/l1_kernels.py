@@ -18,7 +18,7 @@ OPS = ("_l1_fwd", "_l1_bwd", "_l1_scores_fwd", "_l1_scores_bwd")
 
 if DEVICE == "cpu":
     assert not _library.loaded_libraries
-    emulated.load()
+    emulated.load("l1")
     for op in OPS:
         _library.implement(op, getattr(torch.ops.attn, f"{op}_cuda"), "CPU")
 

@@ -7,6 +7,8 @@
 #include "common/cuda/device.cuh"
 
 #ifndef ATTN_EMULATE
+#include <atomic>
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #endif
@@ -20,14 +22,17 @@ namespace attn::cuda {
 // Makes the tensor's device the current one while it lives, and knows its current stream.
 class Device {
  public:
-  explicit Device(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit Device(const torch::stable::Tensor& tensor)
+      : index_(tensor.get_device_index()), guard_(index_) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
+  int32_t index() const { return index_; }
   cudaStream_t stream() const { return stream_; }
 
  private:
+  int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
@@ -50,6 +55,35 @@ void launch(const Device& device, const char* name, void (*kernel)(Parameters...
   check_cuda(cudaGetLastError(), name);
 }
 
+// The same for a kernel that is known at compile time: more than 48 KB of shared memory is asked
+// for once per device, which saves a microsecond of every further call.
+template <auto kKernel, class... Arguments>
+void launch(const Device& device, const char* name, dim3 grid, int threads, size_t shared,
+            const Arguments&... arguments) {
+  static std::atomic<uint64_t> asked{0};  // a bit for each device
+  const uint64_t bit = device.index() < 64 ? uint64_t{1} << device.index() : 0;
+  if (shared > 48 * 1024 && !(asked.load(std::memory_order_relaxed) & bit)) {
+    check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared)),
+               name);
+    asked.fetch_or(bit, std::memory_order_relaxed);
+  }
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  kKernel<<<grid, threads, shared, device.stream()>>>(arguments...);
+  check_cuda(cudaGetLastError(), name);
+}
+
+inline int multiprocessors(const Device& device) {
+  static std::atomic<int> known[64];  // 0: not asked yet
+  std::atomic<int>* found = device.index() < 64 ? &known[device.index()] : nullptr;
+  int count = found ? found->load(std::memory_order_relaxed) : 0;
+  if (count > 0) return count;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index()),
+             "the number of multiprocessors");
+  if (found) found->store(count, std::memory_order_relaxed);
+  return count;
+}
+
 #else
 
 #define ATTN_DISPATCH_KEY CPU
@@ -63,6 +97,16 @@ template <class... Parameters, class... Arguments>
 void launch(const Device&, const char*, void (*kernel)(Parameters...), dim3 grid, int threads,
             size_t shared, const Arguments&... arguments) {
   emulator::run(grid, threads, shared, [&] { kernel(arguments...); });
+}
+template <auto kKernel, class... Arguments>
+void launch(const Device& device, const char* name, dim3 grid, int threads, size_t shared,
+            const Arguments&... arguments) {
+  launch(device, name, kKernel, grid, threads, shared, arguments...);
+}
+
+// Few, so that a block has several tiles.
+inline int multiprocessors(const Device&) {
+  return 3;
 }
 
 #endif

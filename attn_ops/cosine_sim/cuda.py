@@ -1,0 +1,81 @@
+"""The CUDA library's forward for Hopper: which calls it serves. Triton serves the others.
+
+csrc/cosine_sim/cuda has its kernels: dense or causal, one norm over rows of 64 or 128 elements of
+16 bits, and weights without a running maximum.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attn_ops import _library
+from attn_ops.masks import UNBOUNDED
+
+if TYPE_CHECKING:
+    from attn_ops.cosine_sim.triton_core import Inputs
+
+DTYPES = (torch.bfloat16, torch.float16)
+WIDTHS = (64, 128)
+# Fewer leave most of a tile empty, and its multiprocessors idle: Triton splits the keys better.
+FEWEST_QUERIES = 64
+MOST_ROWS = 1 << 30  # rows are counted in 32 bits
+
+
+def missing(device: torch.device) -> str | None:
+    """What the kernels need and do not have, so that Triton serves; None if they serve."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"a GPU of compute capability 9.0 for the C++ forward: it has {major}.{minor}"
+    reason = _library.load_cuda_library()
+    if reason is None and not hasattr(torch.ops.attn, "_cosine_sim_fwd_cuda"):
+        return "kernels for compute capability 9.0: the CUDA library was built without them"
+    return reason
+
+
+@functools.cache
+def _is_there(device: torch.device) -> bool:
+    return device.type == "cuda" and missing(device) is None
+
+
+def serves(inputs: Inputs, shift: float | None) -> bool:
+    """Whether `forward` takes this call; `shift` is that of fixed_shift."""
+    query, key, value = inputs[:3]
+    batch, heads, num_queries, width = query.shape
+    num_keys = key.shape[2]
+    return (
+        shift is not None  # then there are norms, and exponents are small
+        and inputs.groups == 1
+        and width in WIDTHS
+        and value.shape[3] == width
+        and query.dtype in DTYPES
+        and num_queries >= FEWEST_QUERIES
+        and all(option is None for option in inputs[3:12])
+        and inputs.left == UNBOUNDED
+        and inputs.right in (0, UNBOUNDED)
+        and 0 < batch * heads * num_keys <= MOST_ROWS
+        and batch * heads * num_queries <= MOST_ROWS
+        and _has_whole_rows(query)
+        and _has_whole_rows(key)
+        and _has_whole_rows(value)
+        and _is_there(query.device)
+    )
+
+
+def _has_whole_rows(x: Tensor) -> bool:
+    """Whether the copy engine takes x: rows of neighbours, at multiples of 16 bytes."""
+    *strides, last = x.stride()
+    if last != 1 or x.data_ptr() % 16 != 0:
+        return False
+    # A dimension that is expanded has stride 0.
+    pairs = zip(x.shape, strides)
+    return all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in pairs)
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """`attn::_cosine_sim_fwd` of a call that is served: out and lse."""
+    out, lse = torch.ops.attn._cosine_sim_fwd_cuda(*inputs[:3], inputs.right == 0, inputs.scale)
+    return out, lse

@@ -1,0 +1,296 @@
+// A warpgroup that multiplies: 64 queries against all keys that they see.
+//
+// |q^.k^| <= 1 bounds the exponents, so there is no running maximum: weights are exp2(scale *
+// log2(e) * q^.k^), in [2^-14, 2^14] for halves and [2^-60, 2^60] for bfloats, whose exponents hold
+// them. Products of the next keys are under way while weights are computed, and while the values of
+// the last keys are multiplied.
+#pragma once
+
+#include "cosine_sim/cuda/forward_fetch.cuh"
+
+namespace attn::cuda::cosine {
+
+template <class P>
+struct Multiply {
+  using T = typename P::T;
+  static constexpr int kScores = P::kKeys / 2;  // of a thread: rows g and g + 8
+  static constexpr int kOutputs = P::kWidth / 2;
+
+  const Forward& p;
+  Shared<P> shared;
+  int warpgroup;  // of those that multiply
+  int lane, row;  // `row` of the tile, and row + 8
+
+  Ring<P::kStages> keys, values;
+  Ring<P::kQueryStages> queries;
+  Ring<P::kSlots> slots;
+
+  float out[kOutputs];
+  float score[kScores];
+  uint32_t weight[P::kKeys / 16][4];
+  uint32_t query[P::kWidth / 16][4];
+  float sum[2];  // of the weights of both rows
+
+  ATTN_DEVICE Multiply(const Forward& problem, Shared<P> memory, int thread)
+      : p(problem), shared(memory) {
+    warpgroup = shuffle(thread / 128, 0);  // the same register for all lanes
+    lane = thread % 32;
+    row = warpgroup * 64 + thread % 128 / 32 * 16 + lane / 4;
+  }
+
+  ATTN_DEVICE void run() {
+    if (P::kTurns && warpgroup == P::kWarpgroups - 1) named_arrive(1, 256);  // the first one's turn
+    Tile tile;
+    for (Tiles<P> tiles{p}; tiles.next(tile);) {
+      attend(tile);
+      store(tile);
+    }
+  }
+
+ private:
+  ATTN_DEVICE void attend(const Tile& tile) {
+    ATTN_UNROLL
+    for (int i = 0; i < 2; ++i) sum[i] = 0.0f;
+    const int limit = key_limit(p, tile.first_query + row);
+    const int limit_below = key_limit(p, tile.first_query + row + 8);
+
+    barrier_wait(shared.query_ready(queries.index), queries.parity);
+    if constexpr (P::kHeld) hold_query();
+    barrier_wait(shared.key_arrived(keys.index), keys.parity);
+    products_fence();
+    start_scores();
+    products_wait<0>();
+    keep_here(score);
+    release(shared.key_free(keys.index));
+    int i = tile.key_tiles - 1;
+    if (!P::kHeld && i == 0) release(shared.query_free(queries.index));
+    if (i >= tile.full_tiles) {
+      find_weights<true>(limit - i * P::kKeys, limit_below - i * P::kKeys);
+    } else {
+      find_weights<false>(0, 0);
+    }
+    keys.advance();
+    slots.advance();
+    pack_weights();
+    barrier_wait(shared.value_arrived(values.index), values.parity);
+    int accumulate = 0;
+    for (--i; i >= tile.full_tiles; --i) {
+      step<true>(i == 0, limit - i * P::kKeys, limit_below - i * P::kKeys, accumulate);
+      accumulate = 1;
+    }
+    for (; i >= 0; --i) {
+      step<false>(i == 0, 0, 0, accumulate);
+      accumulate = 1;
+    }
+    queries.advance();
+
+    keep_weights();
+    products_fence();
+    start_outputs(accumulate);
+    add_sums();
+    products_wait<0>();
+    keep_here(out);
+    release(shared.value_free(values.index));
+    values.advance();
+  }
+
+  // The scores of the next keys and the outputs of the last, then the weights of the next.
+  template <bool kMasked>
+  ATTN_DEVICE void step(bool last, int limit, int limit_below, int accumulate) {
+    barrier_wait(shared.key_arrived(keys.index), keys.parity);
+    if constexpr (P::kTurns) named_sync(1 + warpgroup, 256);
+    keep_weights();
+    products_fence();
+    start_scores();
+    start_outputs(accumulate);
+    if constexpr (P::kTurns) {
+      named_arrive(1 + (warpgroup + 1 == P::kWarpgroups ? 0 : warpgroup + 1), 256);
+    }
+    products_wait<1>();
+    keep_here(score);
+    release(shared.key_free(keys.index));
+    if (!P::kHeld && last) release(shared.query_free(queries.index));
+    find_weights<kMasked>(limit, limit_below);
+    keys.advance();
+    slots.advance();
+    const int done = values.index;
+    values.advance();
+    // The compiler moves no exponential across this loop, so that none waits for the products.
+    barrier_wait(shared.value_arrived(values.index), values.parity);
+    products_wait<0>();
+    keep_here(out);
+    release(shared.value_free(done));
+    pack_weights();
+  }
+
+  // The left operands of all scores of the tile.
+  ATTN_DEVICE void hold_query() {
+    unsigned char* tile = shared.query(queries.index);
+    const int at = row - lane / 4 + lane % 16;  // 16 rows, then the same at the next 8 columns
+    ATTN_UNROLL
+    for (int i = 0; i < P::kWidth / 16; ++i) {
+      load_matrices(query[i], piece<P::kQueries>(tile, at, 2 * i + lane / 16));
+      keep_here(query[i]);
+    }
+    release(shared.query_free(queries.index));
+  }
+
+  ATTN_DEVICE void start_scores() {
+    if constexpr (P::kHeld) {
+      const uint64_t b = matrix(shared.key(keys.index), 0);
+      ATTN_UNROLL
+      for (int i = 0; i < P::kWidth / 16; ++i) {
+        multiply_held<T, P::kKeys>(score, query[i],
+                                   b + ((i / 4 * P::kKeys * 128 + i % 4 * 32) >> 4), i > 0);
+      }
+      products_commit();
+      return;
+    }
+    const uint64_t a = matrix(shared.query(queries.index) + warpgroup * 64 * 128, 0);
+    const uint64_t b = matrix(shared.key(keys.index), 0);
+    ATTN_UNROLL
+    for (int i = 0; i < P::kWidth / 16; ++i) {
+      // 16 columns are 32 bytes of a row, or the next panel.
+      const int panel = i / 4, bytes = i % 4 * 32;
+      multiply_shared<T, P::kKeys>(score, a + ((panel * P::kQueries * 128 + bytes) >> 4),
+                                   b + ((panel * P::kKeys * 128 + bytes) >> 4), i > 0);
+    }
+    products_commit();
+  }
+
+  ATTN_DEVICE void start_outputs(int accumulate) {
+    const uint64_t b = matrix(shared.value(values.index), P::kKeys * 128);
+    ATTN_UNROLL
+    for (int i = 0; i < P::kKeys / 16; ++i) {
+      multiply_registers<T, P::kWidth>(out, weight[i], b + ((i * 16 * 128) >> 4),
+                                       i > 0 ? 1 : accumulate);
+    }
+    products_commit();
+  }
+
+  // Keys at or after the limits are hidden. Limits count from the first key of the tile.
+  template <bool kMasked>
+  ATTN_DEVICE void find_weights(int limit, int limit_below) {
+    if constexpr (!P::kUnitKeys) {
+      barrier_wait(shared.factors_ready(slots.index), slots.parity);
+    }
+    const int column = lane % 4 * 2;
+    const float* factors = shared.factors(slots.index) + column;
+    const int limits[2] = {limit - column, limit_below - column};
+    ATTN_UNROLL
+    for (int j = 0; j < P::kKeys / 8; ++j) {
+      float2 factor = make_float2(1.0f, 1.0f);
+      if constexpr (!P::kUnitKeys) factor = load2(factors + 8 * j);
+      ATTN_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        float x = score[4 * j + e];
+        if constexpr (!P::kUnitKeys) x *= e % 2 ? factor.y : factor.x;
+        if constexpr (kMasked) x = 8 * j + e % 2 < limits[e / 2] ? x : -INFINITY;
+        x = fast_exp2(x);
+        sum[e / 2] += x;
+        score[4 * j + e] = x;
+      }
+    }
+  }
+
+  // Weights are in their registers before products that read them start.
+  ATTN_DEVICE void keep_weights() {
+    ATTN_UNROLL
+    for (int i = 0; i < P::kKeys / 16; ++i) keep_here(weight[i]);
+  }
+
+  ATTN_DEVICE void pack_weights() {
+    ATTN_UNROLL
+    for (int i = 0; i < P::kKeys / 16; ++i) {
+      ATTN_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        weight[i][r] = pack(score[8 * i + 2 * r], score[8 * i + 2 * r + 1], T{});
+      }
+    }
+  }
+
+  ATTN_DEVICE void add_sums() {
+    ATTN_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      sum[i] += shuffle_xor(sum[i], 1);
+      sum[i] += shuffle_xor(sum[i], 2);
+    }
+  }
+
+  // The warp is done with a buffer.
+  ATTN_DEVICE void release(uint64_t* barrier) const {
+    sync_warp();
+    if (lane == 0) barrier_arrive(barrier);
+  }
+
+  ATTN_DEVICE void store(const Tile& tile) {
+    ATTN_UNROLL
+    for (int below = 0; below < 2; ++below) {
+      const int query = tile.first_query + row + 8 * below;
+      const float total = sum[below];
+      const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+      const int64_t index = int64_t{tile.head} * p.M + query;
+      T* to = static_cast<T*>(p.out) + index * P::kWidth;
+      ATTN_UNROLL
+      for (int i = 0; i < P::kWidth / 32; ++i) store_part(to + 32 * i, i, below, inverse, query);
+      if (lane % 4 == 0 && query < p.M) {
+        p.lse[index] = total > 0.0f ? logf(total) : -INFINITY;
+      }
+    }
+  }
+
+  // 32 columns of a row, of which a thread has 8 pairs apart: four threads exchange them, so that
+  // each stores 8 neighbours.
+  ATTN_DEVICE void store_part(T* to, int i, int below, float inverse, int query) const {
+    uint32_t x[4];
+    ATTN_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const float* pair = out + 16 * i + 4 * j + 2 * below;
+      x[j] = pack(pair[0] * inverse, pair[1] * inverse, T{});
+    }
+    const bool odd = lane & 1, upper = lane & 2;
+    swap(x[0], x[1], odd, 1);
+    swap(x[2], x[3], odd, 1);
+    swap(x[0], x[2], upper, 2);
+    swap(x[1], x[3], upper, 2);
+    if (query < p.M) {
+      store4(reinterpret_cast<uint32_t*>(to + lane % 4 * 8), make_uint4(x[0], x[1], x[2], x[3]));
+    }
+  }
+  // A step of a transposition: the lane without the bit gives y for the other's x.
+  ATTN_DEVICE static void swap(uint32_t& x, uint32_t& y, bool bit, int mask) {
+    const uint32_t other = shuffle_xor(bit ? x : y, mask);
+    (bit ? x : y) = other;
+  }
+};
+
+template <class P>
+__global__ void __launch_bounds__(P::kThreads, 1)
+    forward_kernel(const __grid_constant__ Forward p) {
+#ifdef ATTN_HOPPER
+  const Shared<P> shared{aligned_shared_memory()};
+  if (threadIdx.x == 0) {
+    prefetch_map(&p.query);
+    prefetch_map(&p.key);
+    prefetch_map(&p.value);
+    shared.init_barriers();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    fewer_registers<P::kFetchRegisters>();
+    const Fetch<P> fetch{p, shared};
+    const int warp = shuffle(static_cast<int>(threadIdx.x / 32), 0);
+    if (warp == 0) {
+      fetch.load();
+    } else {
+      fetch.prepare(warp - 1, threadIdx.x % 32);
+    }
+  } else {
+    more_registers<P::kMultiplyRegisters>();
+    Multiply<P> multiply(p, shared, threadIdx.x - 128);
+    multiply.run();
+  }
+#endif
+}
+
+}  // namespace attn::cuda::cosine

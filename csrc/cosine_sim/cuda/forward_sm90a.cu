@@ -1,0 +1,71 @@
+// attn::_cosine_sim_fwd_cuda: the forward for Hopper. attn_ops/cosine_sim/cuda.py knows what it
+// takes.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "common/checks.h"
+#include "cosine_sim/cuda/forward.cuh"
+
+namespace attn::cuda::cosine {
+
+template <>
+void forward<BFloat>(const ForwardCall& call);
+template <>
+void forward<Half>(const ForwardCall& call);
+
+namespace {
+
+constexpr const char* kOp = "cosine_sim";
+
+void check_rows(const char* name, const Tensor& x) {
+  bool aligned = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+  for (int dim = 0; dim < 3; ++dim) {
+    aligned = aligned && (x.size(dim) == 1 || (x.stride(dim) > 0 && x.stride(dim) % 8 == 0));
+  }
+  STD_TORCH_CHECK(aligned, kOp, ": rows of ", name, " must be neighbours at multiples of 16 bytes");
+}
+
+void check(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  check_query_key_value(kOp, query, key, value);
+  const bool half = query.scalar_type() == ScalarType::Half;
+  const int64_t width = query.size(3), N = key.size(2);
+  STD_TORCH_CHECK(half || query.scalar_type() == ScalarType::BFloat16, kOp,
+                  ": the kernel for Hopper is for 16 bits");
+  STD_TORCH_CHECK((width == 64 || width == 128) && value.size(3) == width, kOp,
+                  ": the kernel for Hopper must have D = E = 64 or 128");
+  const int64_t heads = query.size(0) * query.size(1);
+  STD_TORCH_CHECK(N > 0 && heads * query.size(2) <= kMost && heads * N <= kMost, kOp,
+                  ": the kernel for Hopper must have from 1 to 2**30 rows");
+  STD_TORCH_CHECK(std::abs(scale) * kBitsPerNat <= (half ? 14 : 60), kOp,
+                  ": scale is too large for weights without a running maximum");
+  check_rows("query", query);
+  check_rows("key", key);
+  check_rows("value", value);
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value,
+                                  bool causal, double scale) {
+  check(query, key, value, scale);
+  const int64_t B = query.size(0), H = query.size(1), M = query.size(2);
+  Tensor out = allocate(query, {B, H, M, query.size(3)});
+  Tensor lse = allocate(query, {B, H, M}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
+  const ForwardCall call{query, key, value, out, lse, causal, scale};
+  query.scalar_type() == ScalarType::Half ? forward<Half>(call) : forward<BFloat>(call);
+  return {out, lse};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
+  m.def(
+      "_cosine_sim_fwd_cuda(Tensor query, Tensor key, Tensor value, bool causal, float scale) -> "
+      "(Tensor out, Tensor lse)");
+}
+STABLE_TORCH_LIBRARY_IMPL(attn, ATTN_DISPATCH_KEY, m) {
+  m.impl("_cosine_sim_fwd_cuda", TORCH_BOX(&attend));
+}
+
+}  // namespace
+}  // namespace attn::cuda::cosine

@@ -1,0 +1,63 @@
+// Rows of 16-bit numbers, in registers and in tiles that the copy engine has brought; rings of
+// tiles.
+#pragma once
+
+#include "common/cuda/hopper.cuh"
+
+namespace attn::cuda::cosine {
+
+// Two neighbours as a word, the first in its low half.
+ATTN_DEVICE float2 unpack(uint32_t x, BFloat) {
+  return make_float2(bits_float(x << 16), bits_float(x & 0xffff0000u));
+}
+ATTN_DEVICE float2 unpack(uint32_t x, Half) {
+  return make_float2(low_half(x), high_half(x));
+}
+ATTN_DEVICE uint32_t pack(float low, float high, BFloat) {
+  return pack_bfloat(low, high);
+}
+ATTN_DEVICE uint32_t pack(float low, float high, Half) {
+  return pack_half(low, high);
+}
+
+// 1 / max(|x|, 1e-12), and 0 of zero.
+ATTN_DEVICE float inverse_length(float squared) {
+  return squared > 0.0f ? fminf(rsqrtf(squared), 1e12f) : 0.0f;
+}
+
+// 16 bytes of a row of a tile [D / 64][rows][64] that the copy engine has swizzled.
+template <int kRows>
+ATTN_DEVICE uint32_t* piece(unsigned char* tile, int row, int i) {
+  return reinterpret_cast<uint32_t*>(tile + (i / 8 * kRows + row) * 128 + ((i % 8 ^ row % 8) * 16));
+}
+
+// sum + |x|^2 of 8 elements.
+template <class T>
+ATTN_DEVICE float squares(uint4 x, float sum) {
+  const float2 a = unpack(x.x, T{}), b = unpack(x.y, T{}), c = unpack(x.z, T{}),
+               d = unpack(x.w, T{});
+  sum += a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y;
+  return sum + (c.x * c.x + c.y * c.y + d.x * d.x + d.y * d.y);
+}
+
+template <class T>
+ATTN_DEVICE uint32_t scaled(uint32_t x, float factor) {
+  const float2 pair = unpack(x, T{});
+  return pack(pair.x * factor, pair.y * factor, T{});
+}
+
+// A place in a ring of kSize buffers, and the parity of its barriers' current phase.
+template <int kSize>
+struct Ring {
+  int index = 0;
+  uint32_t parity = 0;
+
+  ATTN_DEVICE void advance() {
+    if (++index == kSize) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace attn::cuda::cosine

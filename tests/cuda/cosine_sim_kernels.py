@@ -1,0 +1,133 @@
+"""The forward of cosine-sim attention for Hopper against the formula in float64.
+
+Run by test_kernels.py in a process of its own, where there is no GPU on an emulation of one.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_ops.cosine_sim import cuda
+from tests.comparison import assert_close
+from tests.conformance.evaluate import assert_arguments_agree, cotangents, in_dtype
+from tests.conftest import DEVICE
+from tests.cosine_sim.spec import SPEC
+from tests.cuda import emulated
+from tests.strategies import Case
+
+if DEVICE == "cpu":
+    # Warps run in another order each time, some of them seldom: waits that are missing show.
+    os.environ["EMULATOR_ORDER"] = "2"
+    emulated.load("cosine_sim")
+else:
+    reason = cuda.missing(torch.device(DEVICE))
+    if reason:
+        pytest.skip(f"Triton serves: {reason}", allow_module_level=True)
+
+ONE = Case(batch=1, heads=1, kv_heads=1, width=128, value_width=128)
+# Keys are normalised by a kernel of their own where 1024 queries read each; causal, where 2048 do.
+# Causal tiles go in pairs where there are 4 pairs for a multiprocessor: the emulation has three.
+SMALL = {
+    "one tile": ONE.but(queries=128, keys=128),
+    "several tiles and heads": ONE.but(heads=4, kv_heads=2, queries=150, keys=280),
+    "causal with fewer queries than keys": ONE.but(
+        batch=2, heads=2, kv_heads=1, queries=150, keys=400, causal=True, strides="transposed"
+    ),
+    "causal with more queries than keys": ONE.but(queries=333, keys=100, causal=True),
+    "many pairs of causal tiles": ONE.but(heads=6, kv_heads=6, queries=260, keys=140, causal=True),
+    "one key": ONE.but(queries=65, keys=1),
+    "without a scale": ONE.but(queries=130, keys=300, options={"scale": 0.0}),
+    "negative scale": ONE.but(queries=130, keys=300, causal=True, options={"scale": -9.0}),
+    "unit keys": ONE.but(heads=8, queries=129, keys=140),
+    "unit keys, causal": ONE.but(heads=8, queries=257, keys=150, causal=True, strides="transposed"),
+}
+LARGE = {
+    "512": ONE.but(batch=2, heads=16, kv_heads=16, queries=512, keys=512),
+    "512, causal": ONE.but(batch=2, heads=16, kv_heads=16, queries=512, keys=512, causal=True),
+    "1024": ONE.but(heads=16, kv_heads=16, queries=1024, keys=1024),
+    "4096, causal": ONE.but(heads=8, kv_heads=8, queries=4096, keys=4096, causal=True),
+    "grouped heads, causal": ONE.but(
+        batch=4, heads=32, kv_heads=8, queries=700, keys=700, causal=True
+    ),
+    "few queries of many heads": ONE.but(
+        batch=2, heads=6, kv_heads=3, queries=64, keys=4099, causal=True
+    ),
+    "more queries than keys": ONE.but(heads=8, kv_heads=2, queries=3000, keys=1000, causal=True),
+    "one past a tile": ONE.but(batch=3, heads=5, kv_heads=5, queries=129, keys=257, causal=True),
+    "transposed": ONE.but(
+        batch=2, heads=8, kv_heads=2, queries=640, keys=1025, causal=True, strides="transposed"
+    ),
+}
+CASES = SMALL | (LARGE if DEVICE != "cpu" else {})
+RUNS = [
+    (name, width, dtype)
+    for name in CASES
+    for width in (64, 128)
+    for dtype in (torch.bfloat16, torch.float16)
+    # An emulation takes its time, and the two types differ in conversions alone.
+    if DEVICE != "cpu" or dtype == torch.bfloat16 or name in ("one tile", "unit keys")
+]
+each_run = pytest.mark.parametrize(("name", "width", "dtype"), RUNS)
+
+
+def arguments_of(case: Case, width: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """Rows of every length, one of them zero."""
+    arguments = SPEC.build(case.but(width=width, value_width=width), dtype, device)
+    for name in ("query", "key"):
+        rows = arguments[name].shape[-2]
+        lengths = torch.linspace(0.1, 30, rows, device=device).to(dtype)
+        lengths[rows // 2] = 0
+        arguments[name] *= lengths[:, None]
+    return arguments
+
+
+def kernel(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.attn._cosine_sim_fwd_cuda(
+        *(arguments[name] for name in ("query", "key", "value")),
+        arguments.get("causal", False),
+        arguments.get("scale", 8.0),
+    )
+    return out, lse
+
+
+@each_run
+def test_forward_agrees_with_the_formula(
+    name: str, width: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    arguments = arguments_of(CASES[name], width, dtype, device)
+    exact_arguments = in_dtype(arguments, torch.float64)
+    exact = SPEC.formula(**exact_arguments)
+    same_dtype = SPEC.formula(**arguments)
+    rounding = SPEC.rounding(dtype, exact_arguments, *cotangents(*exact))
+    for result, x, same, truth in zip(SPEC.results, kernel(arguments), same_dtype, exact):
+        assert_close(result, x, same, truth, rounding)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="Triton's backward needs a GPU")
+@each_run
+def test_op_and_its_gradients_agree_with_the_formula(
+    name: str, width: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Triton's backward reads the lse of this forward."""
+    arguments = arguments_of(CASES[name], width, dtype, device)
+    assert_arguments_agree(SPEC, arguments, CASES[name].strides)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="an emulation has no races")
+@pytest.mark.parametrize("width", (64, 128))
+@pytest.mark.parametrize("name", ("512, causal", "grouped heads, causal"))
+def test_the_same_bits_again(name: str, width: int, device: torch.device) -> None:
+    arguments = arguments_of(LARGE[name], width, torch.bfloat16, device)
+    first = kernel(arguments)
+    for _ in range(20):
+        assert all(torch.equal(x, y) for x, y in zip(kernel(arguments), first))
+
+
+def test_query_that_sees_no_key_returns_zero(device: torch.device) -> None:
+    arguments = arguments_of(CASES["causal with more queries than keys"], 128, torch.half, device)
+    out, lse = kernel(arguments)
+    assert not out[:, :, :233].any() and (lse[:, :, :233] == -torch.inf).all()
+    assert out[:, :, 233:].any(-1).all() and lse[:, :, 233:].isfinite().all()

@@ -1,0 +1,85 @@
+"""Which calls of cosine-sim attention go to the CUDA library's forward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_ops.cosine_sim import cuda
+from attn_ops.masks import UNBOUNDED
+
+triton_core = pytest.importorskip("attn_ops.cosine_sim.triton_core", exc_type=ImportError)
+
+
+@pytest.fixture(autouse=True)
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_is_there", lambda device: True)
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def served(**changes: Any) -> bool:
+    inputs = triton_core.Inputs(
+        *(rows(2, 4, 64, 128), rows(2, 2, 70, 128), rows(2, 2, 70, 128), *[None] * 9),
+        left=UNBOUNDED,
+        right=UNBOUNDED,
+        scale=8.0,
+        groups=1,
+    )._replace(**changes)
+    return cuda.serves(inputs, triton_core.fixed_shift(inputs))
+
+
+def each(change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    q, k = rows(2, 4, 64, 128), rows(2, 2, 70, 128)
+    return {"query": change(q), "key": change(k), "value": change(k.clone())}
+
+
+SERVED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"right": 0},
+    "float16": each(Tensor.half),
+    "width 64": each(lambda x: x[..., :64]),
+    "rows of all heads side by side": each(
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
+    ),
+    "one head with any stride": each(lambda x: x.as_strided((1, 1, 64, 128), (3, 5, 128, 1))),
+}
+LEFT_TO_TRITON: dict[str, dict[str, Any]] = {
+    "float32": each(Tensor.float),
+    "another width": each(lambda x: x[..., :96]),
+    "values of another width": {"value": rows(2, 2, 70, 64)},
+    "few queries": {"query": rows(2, 4, 63, 128)},
+    "no keys": {"key": rows(2, 2, 0, 128), "value": rows(2, 2, 0, 128)},
+    "window": {"left": 10, "right": 0},
+    "shifted diagonal": {"right": 3},
+    "sink": {"sink": torch.zeros(4)},
+    "mask": {"mask": torch.ones(1, 1, 1, 70, dtype=torch.bool)},
+    "gain": {"key_gain": torch.ones(2, 128)},
+    "head_scale": {"head_scale": torch.ones(4)},
+    "groups": {"groups": 2},
+    "no norms": {"groups": 0},
+    "large scale": {"scale": 50.0},
+    "expanded": {"key": rows(1, 2, 70, 128).expand(2, 2, 70, 128)},
+    "columns apart": {"query": rows(2, 4, 128, 64).mT},
+    "rows at odd places": each(lambda x: torch.zeros(2, 2, 70, 132, dtype=x.dtype)[..., :128]),
+    "an odd start": {"query": torch.zeros(2 * 4 * 64 * 128 + 4).bfloat16()[4:].view(2, 4, 64, 128)},
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_hopper_serves(name: str) -> None:
+    assert served(**SERVED[name])
+
+
+@pytest.mark.parametrize("name", LEFT_TO_TRITON)
+def test_triton_serves(name: str) -> None:
+    assert not served(**LEFT_TO_TRITON[name])
+
+
+def test_nothing_is_served_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_is_there", lambda device: False)
+    assert not served()
