@@ -22,7 +22,7 @@ from attn_ops._triton.bias import add_pair_terms, pair_terms
 from attn_ops._triton.descriptors import tiles
 from attn_ops._triton.launch import Launch, Table, launch
 from attn_ops._triton.softmax import LOG2_E, probabilities
-from attn_ops._triton.tiles import load_per_row, load_rows, padded, store_rows, strided
+from attn_ops._triton.tiles import load_per_row, load_rows, padded, row_major, store_rows, strided
 from attn_ops._triton.visibility import block_range, hide_outside, interval
 from attn_ops.cosine_sim.in_blocks import FORWARD_MODE
 from attn_ops.cosine_sim.triton_core import Inputs, contiguous, prepare, stream, unit
@@ -62,9 +62,8 @@ def _jvp(
     batch, heads, num_queries, _ = query.shape
     dtype, precision = _operands_dtype(value.dtype)
     query, key, value = (x.to(dtype) for x in (query, key, value))
-    tangents = [
-        None if x is None else x.to(dtype) for x in (tangent_query, tangent_key, tangent_value)
-    ]
+    tangents = [tangent_query, tangent_key, tangent_value]
+    tangents = [None if x is None else row_major(x.to(dtype)) for x in tangents]
     # What comes here is normalised already.
     inputs = Inputs(
         query, key, value, mask, bias, relative_bias, None, None, None, sink, start, stop,
