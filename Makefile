@@ -6,7 +6,8 @@
 # TORCH_INDEX  the package index to take it from. A CPU build where pip would take a CUDA one:
 #              make test TORCH=torch==2.13.0+cpu TORCH_INDEX=<PyTorch's index of CPU builds>
 # PYTHONS      interpreters that make test-wheel tests the wheel under, names or paths
-# OP           what the benchmarks measure: make bench-cpu OP=linear; all ops without it
+# OP           what the benchmarks measure: make bench-cpu OP=linear. Without it bench-cpu takes all
+#              ops, and bench-gpu the table of cosine_sim (benchmarks/gpu_rows.py)
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
@@ -57,7 +58,7 @@ bench-cpu: $(VENV)/.installed-bench
 
 # On a machine with a GPU torch is there already: these two use PYTHON and install nothing.
 bench-gpu:
-	$(PYTHON) -m benchmarks.run --preset cuda --op $(OP) $(BENCH_ARGS)
+	$(PYTHON) -m benchmarks.$(if $(filter all,$(OP)),gpu_table,run --preset cuda --op $(OP)) $(BENCH_ARGS)
 
 test-gpu:
 	ATTN_OPS_TEST_DEVICE=cuda $(PYTHON) -m pytest $(GPU_TESTS) $(PYTEST_ARGS)
