@@ -57,12 +57,12 @@ def test_missing_triton_is_named(room: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What torch says of a GPU; a library that loads; kernels in it that give their name."""
-    properties = SimpleNamespace(shared_memory_per_block_optin=227 << 10)
+    properties = SimpleNamespace(shared_memory_per_block_optin=227 << 10, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(_library, "load_cuda_library", lambda: None)
     monkeypatch.setattr(info, "triton_version", lambda: "3.6.0")
-    for op in ("_l1_fwd", "_l1_scores_fwd"):
+    for op in ("_l1_fwd", "_l1_scores_fwd", "_cosine_sim_fwd"):
         monkeypatch.setattr(torch.ops.attn, f"{op}_cuda", lambda x: "CUDA C++", raising=False)
     return properties
 
@@ -94,6 +94,22 @@ def test_a_cuda_library_that_does_not_load_is_named(
     one = info.serving_cuda("l1")
     assert one.kernel.startswith("reference and Triton") and served("_l1_fwd") == "reference"
     assert "no such file" in one.missing
+
+
+def test_triton_alone_serves_cosine_sim_on_other_gpus_than_hopper(gpu: SimpleNamespace) -> None:
+    assert info.serving_cuda("cosine_sim").kernel.startswith("CUDA C++ and Triton")
+    gpu.major = 10
+    one = info.serving_cuda("cosine_sim")
+    assert one.kernel.startswith("Triton")
+    assert "compute capability 9.0" in one.missing and "10.0" in one.missing
+
+
+def test_a_cuda_library_that_was_built_for_other_gpus_is_named(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.ops.attn, "_cosine_sim_fwd_cuda")
+    one = info.serving_cuda("cosine_sim")
+    assert one.kernel.startswith("Triton") and "built without them" in one.missing
 
 
 def run(program: str, **environment: str) -> str:

@@ -5,6 +5,7 @@ Run by test_kernels.py in a process of its own, where there is no GPU on an emul
 
 import os
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -70,7 +71,9 @@ RUNS = [
     # An emulation takes its time, and the two types differ in conversions alone.
     if DEVICE != "cpu" or dtype == torch.bfloat16 or name in ("one tile", "unit keys")
 ]
-each_run = pytest.mark.parametrize(("name", "width", "dtype"), RUNS)
+each_run = pytest.mark.parametrize(
+    ("name", "width", "dtype"), RUNS, ids=[f"{name}-{width}-{dtype}" for name, width, dtype in RUNS]
+)
 
 
 def arguments_of(case: Case, width: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -109,11 +112,17 @@ def test_forward_agrees_with_the_formula(
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's backward needs a GPU")
 @each_run
 def test_op_and_its_gradients_agree_with_the_formula(
-    name: str, width: int, dtype: torch.dtype, device: torch.device
+    name: str,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Triton's backward reads the lse of this forward."""
-    arguments = arguments_of(CASES[name], width, dtype, device)
-    assert_arguments_agree(SPEC, arguments, CASES[name].strides)
+    """The op calls this forward, and Triton's backward reads its lse."""
+    forward = Mock(wraps=cuda.forward)
+    monkeypatch.setattr(cuda, "forward", forward)
+    assert_arguments_agree(SPEC, arguments_of(CASES[name], width, dtype, device))
+    assert forward.called
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="an emulation has no races")
