@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128)
-# Fewer leave most of a tile empty, and its multiprocessors idle: Triton splits the keys better.
+# Fewer fill less than half of a tile, and leave the second warpgroup without work.
 FEWEST_QUERIES = 64
 MOST_ROWS = 1 << 30  # rows are counted in 32 bits
 

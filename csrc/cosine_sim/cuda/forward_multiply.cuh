@@ -2,8 +2,9 @@
 //
 // |q^.k^| <= 1 bounds the exponents, so there is no running maximum: weights are exp2(scale *
 // log2(e) * q^.k^), in [2^-14, 2^14] for halves and [2^-60, 2^60] for bfloats, whose exponents hold
-// them. Products of the next keys are under way while weights are computed, and while the values of
-// the last keys are multiplied.
+// them. What could overflow are values beyond 3e38 / (2^60 N), and keys longer than 3e36 where 1 / |k|
+// multiplies scores. Products of the next keys are under way while weights are computed, and while
+// the values of the last keys are multiplied.
 #pragma once
 
 #include "cosine_sim/cuda/forward_fetch.cuh"
