@@ -2,9 +2,9 @@
 //
 // |q^.k^| <= 1 bounds the exponents, so there is no running maximum: weights are exp2(scale *
 // log2(e) * q^.k^), in [2^-14, 2^14] for halves and [2^-60, 2^60] for bfloats, whose exponents hold
-// them. What could overflow are values beyond 3e38 / (2^60 N), and keys longer than 3e36 where 1 / |k|
-// multiplies scores. Products of the next keys are under way while weights are computed, and while
-// the values of the last keys are multiplied.
+// them. What could overflow are values beyond 3e38 / (2^60 N), and keys longer than 3e36 where 1 /
+// |k| multiplies scores. Products of the next keys are under way while weights are computed, and
+// while the values of the last keys are multiplied.
 #pragma once
 
 #include "cosine_sim/cuda/forward_fetch.cuh"
@@ -249,19 +249,10 @@ struct Multiply {
       const float* pair = out + 16 * i + 4 * j + 2 * below;
       x[j] = pack(pair[0] * inverse, pair[1] * inverse, T{});
     }
-    const bool odd = lane & 1, upper = lane & 2;
-    swap(x[0], x[1], odd, 1);
-    swap(x[2], x[3], odd, 1);
-    swap(x[0], x[2], upper, 2);
-    swap(x[1], x[3], upper, 2);
+    transpose_lanes(x, lane);
     if (query < p.M) {
       store4(reinterpret_cast<uint32_t*>(to + lane % 4 * 8), make_uint4(x[0], x[1], x[2], x[3]));
     }
-  }
-  // A step of a transposition: the lane without the bit gives y for the other's x.
-  ATTN_DEVICE static void swap(uint32_t& x, uint32_t& y, bool bit, int mask) {
-    const uint32_t other = shuffle_xor(bit ? x : y, mask);
-    (bit ? x : y) = other;
   }
 };
 
