@@ -135,6 +135,9 @@ inline float fma_saturate(float a, float b, float c) {
   const float x = std::fma(a, b, c);
   return x > 0 ? std::fmin(x, 1.0f) : 0.0f;  // NaN gives 0, as on the GPU
 }
+inline uint32_t add_absolute_difference(uint32_t a, uint32_t b, uint32_t sum) {
+  return sum + (a > b ? a - b : b - a);
+}
 
 // --- packed halves
 

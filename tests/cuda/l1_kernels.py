@@ -3,11 +3,14 @@
 Run by test_kernels.py in a process of its own, where there is no GPU on an emulation of one.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from attn_ops import _library
-from tests.conformance.evaluate import assert_agrees
+from tests.conformance.evaluate import assert_agrees, assert_changed_case_agrees
 from tests.conformance.spec import OpSpec
 from tests.conftest import DEVICE
 from tests.cuda import emulated
@@ -59,3 +62,21 @@ def test_kernels_agree_with_the_formula(
     spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device
 ) -> None:
     assert_agrees(spec, case, dtype, device)
+
+
+# Rows of this width lie on a grid as fine as their largest number lets it be (range.cuh), which the
+# few digits of the cases' own numbers are on.
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "usual": lambda x: x / 3,
+    "near each other": lambda x: 3 + x / 1000,
+    "all far away": lambda x: x / 3 + 1000,
+    "large": lambda x: x * 1e6,
+    "small": lambda x: x * 1e-30,
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_float32_agrees_with_the_formula_whatever_its_grid(name: str, device: torch.device) -> None:
+    case = ONE.but(heads=2, queries=30, keys=70, width=64)
+    change = NUMBERS[name]
+    assert_changed_case_agrees(L1, case, torch.float32, device, query=change, key=change)

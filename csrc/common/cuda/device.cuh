@@ -108,6 +108,11 @@ ATTN_DEVICE float bits_float(uint32_t x) {
   return __uint_as_float(x);
 }
 
+// sum + |a - b| of integers without a sign: one instruction.
+ATTN_DEVICE uint32_t add_absolute_difference(uint32_t a, uint32_t b, uint32_t sum) {
+  return __usad(a, b, sum);
+}
+
 // --- packed halves
 
 ATTN_DEVICE uint32_t bits(__half2 x) {

@@ -138,23 +138,25 @@ void with_type(ScalarType dtype, F f) {
   f(BFloat{});
 }
 
-// Launches the pass that 16-bit distances need. The result must live until the last kernel is
-// launched; it is nothing for float32.
-inline OptionalTensor find_largest(const Device& device, const Tensor& query, Problem& p) {
-  if (query.scalar_type() == ScalarType::Float) return std::nullopt;
+// Launches the pass over queries and keys that 16-bit distances and a grid (range.cuh) need. The
+// result must live until the last kernel is launched.
+inline Tensor launch_largest(const Device& device, const Tensor& query, Problem& p) {
   const int64_t rows = int64_t{p.H / p.Hk} * p.M + p.N;
   p.largest_parts = static_cast<int>(std::min<int64_t>(kLargestParts, rows / 64 + 1));
   Tensor largest = new_empty(query, {int64_t{p.B} * p.Hk * p.largest_parts}, ScalarType::Float);
   p.largest = static_cast<float*>(largest.data_ptr());
   const dim3 grid(static_cast<unsigned>(largest.numel()));
   with_type(query.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    if constexpr (sizeof(T) == 2) {
-      launch(device, "l1: largest", &largest_kernel<T>, grid, kPrepassThreads,
-             kPrepassThreads / 32 * sizeof(float), p);
-    }
+    launch(device, "l1: largest", &largest_kernel<decltype(zero)>, grid, kPrepassThreads,
+           kPrepassThreads / 32 * sizeof(float), p);
   });
   return largest;
+}
+
+// The same for kernels that hold float32 as it is.
+inline OptionalTensor find_largest(const Device& device, const Tensor& query, Problem& p) {
+  if (query.scalar_type() == ScalarType::Float) return std::nullopt;
+  return launch_largest(device, query, p);
 }
 
 }  // namespace attn::cuda::l1

@@ -38,7 +38,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   p.lse = array(lse);
   if (lse.numel() == 0) return {out, lse};
   const Device device(query);
-  const OptionalTensor largest = find_largest(device, query, p);
+  OptionalTensor largest;
+  if (query.scalar_type() != ScalarType::Float || may_use_grid(p)) {
+    largest = launch_largest(device, query, p);
+  }
   with_type(query.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     if (p.E <= 64) {

@@ -2,6 +2,7 @@
 // sees, with a running maximum. Tiles: distance.cuh; the product with values: values.cuh.
 #pragma once
 
+#include "l1/cuda/grid.cuh"
 #include "l1/cuda/softmax.cuh"
 #include "l1/cuda/values.cuh"
 
@@ -89,19 +90,46 @@ ATTN_DEVICE void write_rows(const Problem& p, const BlockIndex& block, const Row
   }
 }
 
+// Queries and keys of a block: halves times a factor, or float32 on a grid.
+template <class T, int kKeys>
+struct Operands {
+  Factor factor;
+  Rows<T> queries, keys;
+  KeyStage<T, kKeys> stage;
+
+  ATTN_DEVICE Operands(const Problem& p, const BlockIndex& block, int first_key)
+      : factor(common_factor<T>(p, block.b, block.hk)),
+        queries(rows_of<T>(p.query, p.query_in_pairs, block.b, block.h, block.first_query, p.M, p.D,
+                           factor.up)),
+        keys(rows_of<T>(p.key, p.key_in_pairs, block.b, block.hk, first_key, p.N, p.D, factor.up)) {
+  }
+  ATTN_DEVICE float down() const { return factor.down; }
+};
+template <int kKeys>
+struct Operands<float, kKeys> {
+  GridRows queries, keys;
+  GridKeyStage<kKeys> stage;
+
+  ATTN_DEVICE Operands(const Problem& p, const BlockIndex& block, int first_key)
+      : queries(rows_of<float>(p.query, false, block.b, block.h, block.first_query, p.M, p.D, 1.0f),
+                range_of(p, block.b, block.hk)),
+        keys(rows_of<float>(p.key, false, block.b, block.hk, first_key, p.N, p.D, 1.0f),
+             queries.range) {}
+  ATTN_DEVICE float down() const { return keys.range.down; }
+};
+
 // Grid: one dimension, blocks of queries x parts of E x heads x batch. Barriers: values of a tile
 // are written and its keys no longer read; keys of the next are written and values no longer read.
 template <class T, int kKeys, int kWidth, bool kExtras>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_constant__ Problem p) {
   const BlockIndex block(p, kWidth);
   const auto memory = ForwardMemory::at<T, kKeys, kWidth, kExtras>(shared_memory<uint32_t>(), p.D);
-  const Factor factor = common_factor<T>(p, block.b, block.hk);
   Span of_warp, of_block;
   find_spans(p, block, memory, of_warp, of_block);
-  const Rows<T> queries = rows_of<T>(p.query, p.query_in_pairs, block.b, block.h, block.first_query,
-                                     p.M, p.D, factor.up);
-  Rows<T> keys =
-      rows_of<T>(p.key, p.key_in_pairs, block.b, block.hk, of_block.begin, p.N, p.D, factor.up);
+  Operands<T, kKeys> operands(p, block, of_block.begin);
+  const auto& queries = operands.queries;
+  auto& keys = operands.keys;
+  auto& key_stage = operands.stage;
   const Values<T> values{p.value.at<T>(block.b, block.hk),
                          p.value.stride[2],
                          p.value.stride[3],
@@ -109,9 +137,8 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const __grid_const
                          block.first_column,
                          p.E,
                          p.value_in_pairs};
-  KeyStage<T, kKeys> key_stage;
   ValueStage<T, kKeys, kWidth> value_stage;
-  Softmax<T, kExtras> softmax(p, block, memory.visible, memory.added, factor.down);
+  Softmax<T, kExtras> softmax(p, block, memory.visible, memory.added, operands.down());
   float out[2][kWidth / 8][4] = {};
   stage_queries(queries, memory.queries);
   key_stage.fetch(keys, memory.keys);

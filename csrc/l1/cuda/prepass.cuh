@@ -1,5 +1,6 @@
-// The common factor of 16-bit queries and keys: a power of two per key/value head that makes
-// differences and their short sums fit half precision, whatever range the inputs have.
+// The largest query or key of a key/value head, and the common factor that 16 bits get from it: a
+// power of two that makes differences and their short sums fit half precision, whatever range the
+// inputs have. What float32 gets: range.cuh.
 #pragma once
 
 #include "l1/cuda/problem.cuh"
@@ -15,8 +16,8 @@ ATTN_DEVICE float warp_max(float x) {
   return x;
 }
 
-// largest[b, kv head, part] = the largest finite |x| of one part of the rows of query and key.
-// Grid: parts x B * Hk.
+// largest[b, kv head, part] = the largest |x| of one part of the rows of query and key: of finite
+// numbers for 16 bits, infinity if there are others for float32. Grid: parts x B * Hk.
 template <class T>
 __global__ void __launch_bounds__(kPrepassThreads)
     largest_kernel(const __grid_constant__ Problem p) {
@@ -36,7 +37,11 @@ __global__ void __launch_bounds__(kPrepassThreads)
     const int64_t step = is_query ? p.query.stride[3] : p.key.stride[3];
     for (int d = lane; d < p.D; d += 32) {
       const float x = fabsf(to_float(source[d * step]));
-      if (x <= 3.4028235e38f) largest = fmaxf(largest, x);
+      if (x <= 3.4028235e38f) {
+        largest = fmaxf(largest, x);
+      } else if (sizeof(T) == 4) {
+        largest = INFINITY;
+      }
     }
   }
   float* of_warps = shared_memory<float>();
@@ -49,6 +54,14 @@ __global__ void __launch_bounds__(kPrepassThreads)
   }
 }
 
+// All 32 lanes take part.
+ATTN_DEVICE float largest_of(const Problem& p, int b, int hk) {
+  float largest = 0.0f;
+  const float* parts = p.largest + (int64_t{b} * p.Hk + hk) * p.largest_parts;
+  for (int i = threadIdx.x % 32; i < p.largest_parts; i += 32) largest = fmaxf(largest, parts[i]);
+  return warp_max(largest);
+}
+
 struct Factor {
   float up;    // inputs are multiplied by it, exactly
   float down;  // 1 / up
@@ -58,10 +71,7 @@ struct Factor {
 // precision ends at 2^16. All 32 lanes take part.
 template <class T>
 ATTN_DEVICE Factor common_factor(const Problem& p, int b, int hk) {
-  float largest = 0.0f;
-  const float* parts = p.largest + (int64_t{b} * p.Hk + hk) * p.largest_parts;
-  for (int i = threadIdx.x % 32; i < p.largest_parts; i += 32) largest = fmaxf(largest, parts[i]);
-  const int exponent = static_cast<int>(float_bits(warp_max(largest)) >> 23) - 127;
+  const int exponent = static_cast<int>(float_bits(largest_of(p, b, hk)) >> 23) - 127;
   int shift = 11 - exponent;
   shift = shift < 126 ? shift : 126;
   return {bits_float(static_cast<uint32_t>(127 + shift) << 23),

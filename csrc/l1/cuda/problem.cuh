@@ -36,7 +36,7 @@ struct Problem {
   Array sink;           // float [H]
   Array out;            // [B,H,M,E], contiguous
   Array lse;            // float [B,H,M], contiguous
-  // 16-bit types: parts of the largest finite |query|, |key| of every [b, key/value head].
+  // Parts of the largest |query|, |key| of every [b, key/value head] (prepass.cuh).
   float* largest;
   int largest_parts;
 
