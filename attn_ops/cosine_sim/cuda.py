@@ -1,7 +1,8 @@
-"""The CUDA library's forward for Hopper: which calls it serves. Triton serves the others.
+"""The CUDA library's kernels for Hopper: which calls they serve. Triton serves the others.
 
 csrc/cosine_sim/cuda has its kernels: dense or causal, one norm over rows of 64 or 128 elements of
-16 bits, and weights without a running maximum.
+16 bits, and weights without a running maximum. Its backward adds up gradients of queries without an
+order, and gives way to Triton's in deterministic mode.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def missing(device: torch.device) -> str | None:
     """What the kernels need and do not have, so that Triton serves; None if they serve."""
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
-        return f"a GPU of compute capability 9.0 for the C++ forward: it has {major}.{minor}"
+        return f"a GPU of compute capability 9.0 for the kernels in C++: it has {major}.{minor}"
     reason = _library.load_cuda_library()
     if reason is None and not hasattr(torch.ops.attn, "_cosine_sim_fwd_cuda"):
         return "kernels for compute capability 9.0: the CUDA library was built without them"
@@ -79,3 +80,29 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """`attn::_cosine_sim_fwd` of a call that is served: out and lse."""
     out, lse = torch.ops.attn._cosine_sim_fwd_cuda(*inputs[:3], inputs.right == 0, inputs.scale)
     return out, lse
+
+
+def serves_backward(inputs: Inputs, shift: float | None, wanted: set[str]) -> bool:
+    """Whether `backward` takes this call: `wanted` has the names of the gradients asked for."""
+    return (
+        wanted == {"query", "key", "value"}
+        and not torch.are_deterministic_algorithms_enabled()
+        and serves(inputs, shift)
+    )
+
+
+def backward(
+    inputs: Inputs, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value of a call that is served."""
+    grads = torch.ops.attn._cosine_sim_bwd_cuda(
+        grad_out if _has_whole_rows(grad_out) else grad_out.contiguous(),
+        None if grad_lse is None else grad_lse.float().contiguous(),
+        *inputs[:3],
+        out if _has_whole_rows(out) else out.contiguous(),
+        lse.contiguous(),
+        inputs.right == 0,
+        inputs.scale,
+    )
+    grad_query, grad_key, grad_value = grads
+    return grad_query, grad_key, grad_value

@@ -3,7 +3,7 @@
 Imported at the first CUDA launch. Queries and keys are normalised once (triton_normalize.py), the
 core works on unit vectors in the input's dtype (triton_forward.py, triton_backward.py,
 triton_bias.py), and the gradients go back through the norm. `scale` stays out of 16-bit operands.
-Forwards that the CUDA library has kernels for go there (cuda.py).
+What the CUDA library has kernels for goes there (cuda.py).
 
 Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width,
 E value width. Arguments are those of the private ops (see ops.py).
@@ -65,6 +65,9 @@ def backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Ten
     inputs = Inputs(*args[:12], *args[14:18])
     out, lse, output_mask = args[12], args[13], args[18]
     wanted = {name for name, wants in zip(GRADS, output_mask) if wants}
+    if cuda.serves_backward(inputs, fixed_shift(inputs), wanted):
+        grads_of_rows = cuda.backward(inputs, grad_out, grad_lse, out, lse)
+        return (*grads_of_rows, *(inputs.query.new_empty(0) for _ in GRADS[3:]))
     with torch.cuda.device_of(inputs.query):
         core = prepare(inputs)
         rows = Rows(row_major(grad_out), lse.contiguous(), _delta(out, grad_out, grad_lse))

@@ -1,4 +1,4 @@
-"""The forward of cosine-sim attention for Hopper against the formula in float64.
+"""Cosine-sim attention for Hopper, forward and backward, against the formula in float64.
 
 Run by test_kernels.py in a process of its own, where there is no GPU on an emulation of one.
 """
@@ -13,7 +13,12 @@ from torch import Tensor
 
 from attn_ops.cosine_sim import cuda
 from tests.comparison import assert_close
-from tests.conformance.evaluate import assert_arguments_agree, cotangents, in_dtype
+from tests.conformance.evaluate import (
+    assert_arguments_agree,
+    cotangents,
+    in_dtype,
+    with_gradients,
+)
 from tests.conftest import DEVICE
 from tests.cosine_sim.spec import SPEC
 from tests.cuda import emulated
@@ -87,26 +92,46 @@ def arguments_of(case: Case, width: int, dtype: torch.dtype, device: torch.devic
     return arguments
 
 
-def kernel(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.attn._cosine_sim_fwd_cuda(
-        *(arguments[name] for name in ("query", "key", "value")),
-        arguments.get("causal", False),
-        arguments.get("scale", 8.0),
-    )
-    return out, lse
+class Kernels(torch.autograd.Function):
+    """Both passes, as the op joins them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.attn._cosine_sim_fwd_cuda(query, key, value, causal, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.options = causal, scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:  # type: ignore[override]
+        grads = torch.ops.attn._cosine_sim_bwd_cuda(
+            grad_out.contiguous(), grad_lse.contiguous(), *ctx.saved_tensors, *ctx.options
+        )
+        return *grads, None, None
+
+
+def kernels(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool = False, scale: float = 8.0
+) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = Kernels.apply(query, key, value, causal, scale)
+    return results
 
 
 @each_run
-def test_forward_agrees_with_the_formula(
+def test_results_and_gradients_agree_with_the_formula(
     name: str, width: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     arguments = arguments_of(CASES[name], width, dtype, device)
     exact_arguments = in_dtype(arguments, torch.float64)
-    exact = SPEC.formula(**exact_arguments)
-    same_dtype = SPEC.formula(**arguments)
-    rounding = SPEC.rounding(dtype, exact_arguments, *cotangents(*exact))
-    for result, x, same, truth in zip(SPEC.results, kernel(arguments), same_dtype, exact):
-        assert_close(result, x, same, truth, rounding)
+    grads = cotangents(*SPEC.formula(**exact_arguments))
+    exact = with_gradients(SPEC, SPEC.formula, exact_arguments, *grads)
+    same_dtype = with_gradients(SPEC, SPEC.formula, arguments, *grads)
+    actual = with_gradients(SPEC, kernels, arguments, *grads)
+    rounding = SPEC.rounding(dtype, exact_arguments, *grads)
+    for result, truth in exact.items():
+        assert_close(result, actual[result], same_dtype[result], truth, rounding)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's backward needs a GPU")
@@ -130,13 +155,13 @@ def test_op_and_its_gradients_agree_with_the_formula(
 @pytest.mark.parametrize("name", ("512, causal", "grouped heads, causal"))
 def test_the_same_bits_again(name: str, width: int, device: torch.device) -> None:
     arguments = arguments_of(LARGE[name], width, torch.bfloat16, device)
-    first = kernel(arguments)
+    first = kernels(**arguments)
     for _ in range(20):
-        assert all(torch.equal(x, y) for x, y in zip(kernel(arguments), first))
+        assert all(torch.equal(x, y) for x, y in zip(kernels(**arguments), first))
 
 
 def test_query_that_sees_no_key_returns_zero(device: torch.device) -> None:
     arguments = arguments_of(CASES["causal with more queries than keys"], 128, torch.half, device)
-    out, lse = kernel(arguments)
+    out, lse = kernels(**arguments)
     assert not out[:, :, :233].any() and (lse[:, :, :233] == -torch.inf).all()
     assert out[:, :, 233:].any(-1).all() and lse[:, :, 233:].isfinite().all()

@@ -341,6 +341,16 @@ void products_wait() {
 template <class X, int kCount>
 void keep_here(X (&)[kCount]) {}
 
+inline void store_matrices(void* row, const uint32_t (&r)[4]) {
+  emulator::check_aligned(row, 16);
+  uint32_t* rows[emulator::kWarp];
+  emulator::exchange(static_cast<uint32_t*>(row), rows);
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int j = 0; j < 4; ++j) rows[8 * j + g][t] = r[j];
+  sync_warp();
+}
+inline void wait_for_kernel_before() {}
+inline void let_next_kernel_start() {}
 inline int opaque(int x) {
   return x;
 }

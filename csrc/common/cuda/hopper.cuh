@@ -161,6 +161,16 @@ ATTN_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
       : "memory");
 }
 
+// --- a kernel that starts before the one before it has ended: see launch_after
+
+// Until the kernel before has ended, and what it wrote is seen.
+ATTN_DEVICE void wait_for_kernel_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+ATTN_DEVICE void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 template <int kRegisters>
 ATTN_DEVICE void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

@@ -55,22 +55,43 @@ void launch(const Device& device, const char* name, void (*kernel)(Parameters...
   check_cuda(cudaGetLastError(), name);
 }
 
-// The same for a kernel that is known at compile time: more than 48 KB of shared memory is asked
-// for once per device, which saves a microsecond of every further call.
+// More than 48 KB of shared memory is asked for once per device, which saves a microsecond of every
+// further call.
+template <auto kKernel>
+void allow_shared(const Device& device, const char* name, size_t shared) {
+  static std::atomic<uint64_t> asked{0};  // a bit for each device
+  const uint64_t bit = device.index() < 64 ? uint64_t{1} << device.index() : 0;
+  if (shared <= 48 * 1024 || asked.load(std::memory_order_relaxed) & bit) return;
+  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared)),
+             name);
+  asked.fetch_or(bit, std::memory_order_relaxed);
+}
+
+// The same for a kernel that is known at compile time.
 template <auto kKernel, class... Arguments>
 void launch(const Device& device, const char* name, dim3 grid, int threads, size_t shared,
             const Arguments&... arguments) {
-  static std::atomic<uint64_t> asked{0};  // a bit for each device
-  const uint64_t bit = device.index() < 64 ? uint64_t{1} << device.index() : 0;
-  if (shared > 48 * 1024 && !(asked.load(std::memory_order_relaxed) & bit)) {
-    check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared)),
-               name);
-    asked.fetch_or(bit, std::memory_order_relaxed);
-  }
+  allow_shared<kKernel>(device, name, shared);
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   kKernel<<<grid, threads, shared, device.stream()>>>(arguments...);
   check_cuda(cudaGetLastError(), name);
+}
+
+// The kernel may start when every block of the one before has said so, and waits for its end by
+// itself (wait_for_kernel_before).
+template <auto kKernel, class... Arguments>
+void launch_after(const Device& device, const char* name, dim3 grid, int threads, size_t shared,
+                  const Arguments&... arguments) {
+  allow_shared<kKernel>(device, name, shared);
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared;
+  config.stream = device.stream();
+  config.attrs = &overlap, config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, arguments...), name);
 }
 
 inline int multiprocessors(const Device& device) {
@@ -101,6 +122,11 @@ void launch(const Device&, const char*, void (*kernel)(Parameters...), dim3 grid
 template <auto kKernel, class... Arguments>
 void launch(const Device& device, const char* name, dim3 grid, int threads, size_t shared,
             const Arguments&... arguments) {
+  launch(device, name, kKernel, grid, threads, shared, arguments...);
+}
+template <auto kKernel, class... Arguments>
+void launch_after(const Device& device, const char* name, dim3 grid, int threads, size_t shared,
+                  const Arguments&... arguments) {
   launch(device, name, kKernel, grid, threads, shared, arguments...);
 }
 

@@ -5,11 +5,10 @@
 #include "common/cuda/tensor_map.cuh"
 #include "common/view.h"
 #include "cosine_sim/cuda/forward_multiply.cuh"
+#include "cosine_sim/cuda/host.cuh"
 #include "cosine_sim/cuda/unit_keys.cuh"
 
 namespace attn::cuda::cosine {
-
-constexpr double kBitsPerNat = 1.4426950408889634;
 
 struct ForwardCall {
   const Tensor& query;
@@ -28,17 +27,13 @@ void forward(const ForwardCall& call);
 template <class T, int kWidth>
 Tensor unit_keys(const Device& device, const Tensor& key) {
   Tensor unit = allocate(key, {key.size(0), key.size(1), key.size(2), kWidth});
-  KeyRows p{};
-  p.key = key.data_ptr();
-  p.batch = key.stride(0), p.head = key.stride(1), p.row = key.stride(2);
+  const int heads = static_cast<int>(key.size(0) * key.size(1));
+  UnitKeys p{};
+  p.key = rows_of(key);
   p.Hk = static_cast<int>(key.size(1)), p.N = static_cast<int>(key.size(2));
-  p.rows = static_cast<int>(key.size(0)) * p.Hk * p.N;
   p.unit = unit.data_ptr();
-  const int64_t blocks = (int64_t{p.rows} * (kWidth / 8) + 1023) / 1024;
-  const int64_t most = 8 * int64_t{multiprocessors(device)};
-  launch<&unit_keys_kernel<T, kWidth>>(device, "cosine_sim: unit keys",
-                                       dim3(static_cast<unsigned>(blocks < most ? blocks : most)),
-                                       256, 0, p);
+  const dim3 grid(static_cast<unsigned>(heads * row_blocks<kWidth>(p.N)));
+  launch<&unit_keys_kernel<T, kWidth>>(device, "cosine_sim: unit keys", grid, 256, 0, p);
   return unit;
 }
 

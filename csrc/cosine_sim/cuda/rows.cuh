@@ -6,6 +6,8 @@
 
 namespace attn::cuda::cosine {
 
+constexpr double kBitsPerNat = 1.4426950408889634;
+
 // Two neighbours as a word, the first in its low half.
 ATTN_DEVICE float2 unpack(uint32_t x, BFloat) {
   return make_float2(bits_float(x << 16), bits_float(x & 0xffff0000u));
@@ -44,6 +46,19 @@ template <class T>
 ATTN_DEVICE uint32_t scaled(uint32_t x, float factor) {
   const float2 pair = unpack(x, T{});
   return pack(pair.x * factor, pair.y * factor, T{});
+}
+
+// Word j of lane i, of four neighbours, becomes word i of lane j.
+ATTN_DEVICE void swap_lanes(uint32_t& x, uint32_t& y, bool bit, int mask) {
+  const uint32_t other = shuffle_xor(bit ? x : y, mask);
+  (bit ? x : y) = other;
+}
+ATTN_DEVICE void transpose_lanes(uint32_t (&x)[4], int lane) {
+  const bool odd = lane & 1, upper = lane & 2;
+  swap_lanes(x[0], x[1], odd, 1);
+  swap_lanes(x[2], x[3], odd, 1);
+  swap_lanes(x[0], x[2], upper, 2);
+  swap_lanes(x[1], x[3], upper, 2);
 }
 
 // A place in a ring of kSize buffers, and the parity of its barriers' current phase.

@@ -1,52 +1,76 @@
-// Keys as unit vectors, by a kernel of their own: pays where many queries read each of them.
+// Keys as unit vectors, before the kernels that read each of them many times.
 #pragma once
 
 #include "cosine_sim/cuda/rows.cuh"
 
 namespace attn::cuda::cosine {
 
-struct KeyRows {
-  const void* key;
-  int64_t batch, head, row;  // strides in elements; a row's elements are neighbours
-  int Hk, N;
-  int rows;    // B * Hk * N
-  void* unit;  // [B, Hk, N, D]
+// Strides in elements; a row's elements are neighbours.
+struct RowsOf {
+  const void* x;
+  int64_t batch, head, row;
 };
 
-// Lanes that share a row hold 8 elements each; four rows at a time are under way.
+template <class T>
+ATTN_DEVICE const T* row_of(const RowsOf& x, int batch, int head, int row) {
+  return static_cast<const T*>(x.x) + batch * x.batch + head * x.head + row * x.row;
+}
+
+template <int kLanes>
+ATTN_DEVICE float sum_of_lanes(float x) {
+  ATTN_UNROLL
+  for (int mask = 1; mask < kLanes; mask *= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+template <class T>
+ATTN_DEVICE uint4 load_piece(const T* from) {
+  return load4(reinterpret_cast<const uint32_t*>(from));
+}
+
+// Blocks of a head: each reads kAtOnce rows per lane group.
+constexpr int kAtOnce = 2;
+template <int kWidth>
+constexpr int kRowsOfBlock = 256 / (kWidth / 8) * kAtOnce;
+
+struct UnitKeys {
+  RowsOf key;
+  int Hk, N;
+  float* inverse;  // [B, Hk, N], or null
+  void* unit;      // [B, Hk, N, D]
+};
+
 template <class T, int kWidth>
-__global__ void __launch_bounds__(256) unit_keys_kernel(const __grid_constant__ KeyRows p) {
-  constexpr int kLanes = kWidth / 8, kAtOnce = 4;
+ATTN_DEVICE void find_unit_keys(const UnitKeys& p, int number) {
+  constexpr int kLanes = kWidth / 8, kRows = 256 / kLanes;
   const int part = threadIdx.x % kLanes;
-  const int first = (blockIdx.x * 256 + threadIdx.x) / kLanes;
-  const int stride = gridDim.x * 256 / kLanes;
-  for (int base = first; base - first < p.rows; base += kAtOnce * stride) {
-    uint4 x[kAtOnce];
-    ATTN_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int row = base + i * stride, head = row / p.N, n = row - head * p.N;
-      x[i] = make_uint4(0, 0, 0, 0);
-      if (row < p.rows) {
-        const int b = head / p.Hk;
-        const T* from = static_cast<const T*>(p.key) + b * p.batch + (head - b * p.Hk) * p.head +
-                        n * p.row + part * 8;
-        x[i] = load4(reinterpret_cast<const uint32_t*>(from));
-      }
-    }
-    ATTN_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int row = base + i * stride;
-      float squared = squares<T>(x[i], 0.0f);
-      ATTN_UNROLL
-      for (int mask = 1; mask < kLanes; mask *= 2) squared += shuffle_xor(squared, mask);
-      const float inverse = inverse_length(squared);
-      if (row >= p.rows) continue;
-      uint32_t* to =
-          reinterpret_cast<uint32_t*>(static_cast<T*>(p.unit) + int64_t{row} * kWidth + part * 8);
-      store4(to, make_uint4(scaled<T>(x[i].x, inverse), scaled<T>(x[i].y, inverse),
-                            scaled<T>(x[i].z, inverse), scaled<T>(x[i].w, inverse)));
+  const int blocks = (p.N + kRowsOfBlock<kWidth> - 1) / kRowsOfBlock<kWidth>;
+  const int head = number / blocks;
+  const int first = (number - head * blocks) * kRowsOfBlock<kWidth> + threadIdx.x / kLanes;
+  uint4 x[kAtOnce];
+  ATTN_UNROLL
+  for (int i = 0; i < kAtOnce; ++i) {
+    const int n = first + i * kRows;
+    x[i] = make_uint4(0, 0, 0, 0);
+    if (n < p.N) {
+      x[i] = load_piece(row_of<T>(p.key, head / p.Hk, head % p.Hk, n) + part * 8);
     }
   }
+  ATTN_UNROLL
+  for (int i = 0; i < kAtOnce; ++i) {
+    const int n = first + i * kRows;
+    const int64_t row = int64_t{head} * p.N + n;
+    const float inverse = inverse_length(sum_of_lanes<kLanes>(squares<T>(x[i], 0.0f)));
+    if (n >= p.N) continue;
+    if (part == 0 && p.inverse) p.inverse[row] = inverse;
+    store4(reinterpret_cast<uint32_t*>(static_cast<T*>(p.unit) + row * kWidth + part * 8),
+           make_uint4(scaled<T>(x[i].x, inverse), scaled<T>(x[i].y, inverse),
+                      scaled<T>(x[i].z, inverse), scaled<T>(x[i].w, inverse)));
+  }
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(256) unit_keys_kernel(const __grid_constant__ UnitKeys p) {
+  find_unit_keys<T, kWidth>(p, blockIdx.x);
 }
 
 }  // namespace attn::cuda::cosine

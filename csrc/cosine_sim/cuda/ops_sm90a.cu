@@ -1,11 +1,13 @@
-// attn::_cosine_sim_fwd_cuda: the forward for Hopper. attn_ops/cosine_sim/cuda.py knows what it
-// takes.
+// attn::_cosine_sim_fwd_cuda and attn::_cosine_sim_bwd_cuda: cosine-sim attention for Hopper.
+// attn_ops/cosine_sim/cuda.py knows what they take.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
+#include <optional>
 #include <tuple>
 
 #include "common/checks.h"
+#include "cosine_sim/cuda/backward.cuh"
 #include "cosine_sim/cuda/forward.cuh"
 
 namespace attn::cuda::cosine {
@@ -14,6 +16,10 @@ template <>
 void forward<BFloat>(const ForwardCall& call);
 template <>
 void forward<Half>(const ForwardCall& call);
+template <>
+void backward<BFloat>(const BackwardCall& call);
+template <>
+void backward<Half>(const BackwardCall& call);
 
 namespace {
 
@@ -58,13 +64,37 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const 
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, std::optional<Tensor> grad_lse,
+                                             const Tensor& query, const Tensor& key,
+                                             const Tensor& value, const Tensor& out,
+                                             const Tensor& lse, bool causal, double scale) {
+  check(query, key, value, scale);
+  check_rows("grad_out", grad_out);
+  check_rows("out", out);
+  Tensor grads[3];
+  const Tensor* inputs[3] = {&query, &key, &value};
+  for (int i = 0; i < 3; ++i) {
+    const Tensor& x = *inputs[i];
+    grads[i] = allocate(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  }
+  const BackwardCall call{
+      grad_out, query,    key,      value,  out,  lse, grad_lse ? &*grad_lse : nullptr,
+      grads[0], grads[1], grads[2], causal, scale};
+  query.scalar_type() == ScalarType::Half ? backward<Half>(call) : backward<BFloat>(call);
+  return {grads[0], grads[1], grads[2]};
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
   m.def(
       "_cosine_sim_fwd_cuda(Tensor query, Tensor key, Tensor value, bool causal, float scale) -> "
       "(Tensor out, Tensor lse)");
+  m.def(
+      "_cosine_sim_bwd_cuda(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
+      "value, Tensor out, Tensor lse, bool causal, float scale) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(attn, ATTN_DISPATCH_KEY, m) {
   m.impl("_cosine_sim_fwd_cuda", TORCH_BOX(&attend));
+  m.impl("_cosine_sim_bwd_cuda", TORCH_BOX(&gradients));
 }
 
 }  // namespace

@@ -1,0 +1,94 @@
+// The host's side of the backward: workspaces, the order of work, launches.
+#pragma once
+
+#include "common/cuda/launch.cuh"
+#include "common/cuda/tensor_map.cuh"
+#include "cosine_sim/cuda/backward_multiply.cuh"
+#include "cosine_sim/cuda/backward_rows.cuh"
+#include "cosine_sim/cuda/host.cuh"
+
+namespace attn::cuda::cosine {
+
+struct BackwardCall {
+  const Tensor &grad_out, &query, &key, &value, &out, &lse;
+  const Tensor* grad_lse;
+  Tensor &grad_query, &grad_key, &grad_value;
+  bool causal;
+  double scale;
+};
+
+// For each element type in a file of its own.
+template <class T>
+void backward(const BackwardCall& call);
+
+// Sizes, and the order of blocks: see Blocks.
+template <class P>
+Backward plan_backward(const BackwardCall& call) {
+  Backward p{};
+  p.B = static_cast<int>(call.query.size(0)), p.H = static_cast<int>(call.query.size(1));
+  p.M = static_cast<int>(call.query.size(2)), p.N = static_cast<int>(call.key.size(2));
+  p.Hk = static_cast<int>(call.key.size(1));
+  p.causal = call.causal;
+  p.query_tiles = (p.M + P::kQueries - 1) / P::kQueries;
+  p.key_blocks = (p.N + P::kKeys - 1) / P::kKeys;
+  p.places_in_head = call.causal ? (p.key_blocks + 1) / 2 : p.key_blocks;
+  p.places = p.B * p.Hk * p.places_in_head;
+  return p;
+}
+
+template <class P>
+void launch_backward(const BackwardCall& call) {
+  using T = typename P::T;
+  const Device device(call.query);
+  Backward p = plan_backward<P>(call);
+  const int padded = p.query_tiles * P::kQueries, heads = p.B * p.H;
+  Tensor query = allocate(call.query, {p.B, p.H, p.M, P::kWidth});
+  Tensor key = allocate(call.key, {p.B, p.Hk, p.N, P::kWidth});
+  Tensor inverse = allocate(call.key, {p.B, p.Hk, p.N}, ScalarType::Float);
+  Tensor rows = allocate(call.query, {heads, p.query_tiles, 2 * P::kQueries}, ScalarType::Float);
+  Tensor sums = allocate(call.query, {heads, padded, P::kWidth}, ScalarType::Float);
+
+  QueryRows q{};
+  q.query = rows_of(call.query), q.out = rows_of(call.out), q.grad_out = rows_of(call.grad_out);
+  q.lse = static_cast<const float*>(call.lse.data_ptr());
+  q.grad_lse = call.grad_lse ? static_cast<const float*>(call.grad_lse->data_ptr()) : nullptr;
+  q.unit = query.data_ptr();
+  q.rows = static_cast<float*>(rows.data_ptr());
+  q.grad_query = static_cast<float*>(sums.data_ptr());
+  q.H = p.H, q.M = p.M, q.padded = padded;
+  q.factor = static_cast<float>(call.scale * kBitsPerNat);
+  UnitKeys k{};
+  k.key = rows_of(call.key), k.Hk = p.Hk, k.N = p.N;
+  k.inverse = static_cast<float*>(inverse.data_ptr());
+  k.unit = key.data_ptr();
+  const int query_blocks = heads * row_blocks<P::kWidth>(padded);
+  const int key_blocks = p.B * p.Hk * row_blocks<P::kWidth>(p.N);
+  launch<&rows_kernel<T, P::kWidth, P::kQueries>>(
+      device, "cosine_sim: rows", dim3(static_cast<unsigned>(query_blocks + key_blocks)), 256, 0, q,
+      k, query_blocks);
+
+  p.query = map_of(query, P::kQueries), p.grad_out = map_of(call.grad_out, P::kQueries);
+  p.key = map_of(key, P::kKeys), p.value = map_of(call.value, P::kKeys);
+  p.rows = q.rows, p.key_inverse = k.inverse, p.grad_query = q.grad_query;
+  p.grad_key = call.grad_key.data_ptr(), p.grad_value = call.grad_value.data_ptr();
+  const int most = multiprocessors(device);
+  launch_after<&backward_kernel<P>>(device, "cosine_sim: backward",
+                                    dim3(static_cast<unsigned>(p.places < most ? p.places : most)),
+                                    P::kThreads, P::kSharedBytes, p);
+
+  QueryGradients g{};
+  g.query = q.query, g.sum = q.grad_query, g.grad = call.grad_query.data_ptr();
+  g.H = p.H, g.M = p.M, g.tiles = p.query_tiles;
+  g.scale = static_cast<float>(call.scale);
+  launch_after<&query_gradients_kernel<T, P::kWidth, P::kQueries>>(
+      device, "cosine_sim: gradients of queries",
+      dim3(static_cast<unsigned>(heads * p.query_tiles)), 2 * P::kQueries, 0, g);
+}
+
+template <class T>
+void choose_backward(const BackwardCall& call) {
+  call.query.size(3) == 128 ? launch_backward<BackwardPlan<T, 128>>(call)
+                            : launch_backward<BackwardPlan<T, 64>>(call);
+}
+
+}  // namespace attn::cuda::cosine
