@@ -63,6 +63,8 @@ LARGE = {
     ),
     "more queries than keys": ONE.but(heads=8, kv_heads=2, queries=3000, keys=1000, causal=True),
     "one past a tile": ONE.but(batch=3, heads=5, kv_heads=5, queries=129, keys=257, causal=True),
+    "batches in parts": ONE.but(batch=4, heads=6, kv_heads=2, queries=20000, keys=300),
+    "heads in parts": ONE.but(batch=2, heads=18, kv_heads=6, queries=20000, keys=300, causal=True),
     "transposed": ONE.but(
         batch=2, heads=8, kv_heads=2, queries=640, keys=1025, causal=True, strides="transposed"
     ),

@@ -24,6 +24,7 @@ void backward<Half>(const BackwardCall& call);
 namespace {
 
 constexpr const char* kOp = "cosine_sim";
+constexpr int64_t kMega = 1 << 20;
 
 void check_rows(const char* name, const Tensor& x) {
   bool aligned = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
@@ -59,8 +60,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const 
   Tensor out = allocate(query, {B, H, M, query.size(3)});
   Tensor lse = allocate(query, {B, H, M}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
-  const ForwardCall call{query, key, value, out, lse, causal, scale};
-  query.scalar_type() == ScalarType::Half ? forward<Half>(call) : forward<BFloat>(call);
+  const int64_t group = H / key.size(1), unit_keys = key.size(2) * key.size(3) * 2;
+  in_parts(B, key.size(1), unit_keys, 128 * kMega, [&](const Part& part) {
+    const Tensor q = part.of(query, group), k = part.of(key), v = part.of(value);
+    Tensor o = part.of(out, group), l = part.of(lse, group);
+    const ForwardCall call{q, k, v, o, l, causal, scale};
+    query.scalar_type() == ScalarType::Half ? forward<Half>(call) : forward<BFloat>(call);
+  });
   return {out, lse};
 }
 
@@ -77,10 +83,19 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, std::option
     const Tensor& x = *inputs[i];
     grads[i] = allocate(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   }
-  const BackwardCall call{
-      grad_out, query,    key,      value,  out,  lse, grad_lse ? &*grad_lse : nullptr,
-      grads[0], grads[1], grads[2], causal, scale};
-  query.scalar_type() == ScalarType::Half ? backward<Half>(call) : backward<BFloat>(call);
+  const int64_t group = query.size(1) / key.size(1), width = query.size(3);
+  // Unit queries and sums of their gradients, unit keys.
+  const int64_t workspace = group * query.size(2) * width * 6 + key.size(2) * width * 2;
+  in_parts(query.size(0), key.size(1), workspace, 264 * kMega, [&](const Part& part) {
+    const Tensor g = part.of(grad_out, group), o = part.of(out, group), l = part.of(lse, group);
+    const Tensor q = part.of(query, group), k = part.of(key), v = part.of(value);
+    const std::optional<Tensor> of_lse =
+        grad_lse ? std::optional<Tensor>(part.of(*grad_lse, group)) : std::nullopt;
+    Tensor gq = part.of(grads[0], group), gk = part.of(grads[1]), gv = part.of(grads[2]);
+    const BackwardCall call{g,  q,  k,  v,      o,    l, of_lse ? &*of_lse : nullptr,
+                            gq, gk, gv, causal, scale};
+    query.scalar_type() == ScalarType::Half ? backward<Half>(call) : backward<BFloat>(call);
+  });
   return {grads[0], grads[1], grads[2]};
 }
 
