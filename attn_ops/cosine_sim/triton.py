@@ -22,7 +22,14 @@ from attn_ops._triton.descriptors import tiles
 from attn_ops._triton.launch import launch
 from attn_ops._triton.tiles import row_major, strided
 from attn_ops._triton.visibility import Band
-from attn_ops.cosine_sim import cuda, triton_backward, triton_bias, triton_forward, triton_normalize
+from attn_ops.cosine_sim import (
+    cuda,
+    triton_backward,
+    triton_bias,
+    triton_decode,
+    triton_forward,
+    triton_normalize,
+)
 from attn_ops.cosine_sim.triton_core import Core, Inputs, contiguous, fixed_shift, prepare, stream
 from attn_ops.cosine_sim.triton_launches import (
     FORWARD,
@@ -42,6 +49,8 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     shift = fixed_shift(inputs)
     if cuda.serves(inputs, shift):
         return cuda.forward(inputs)
+    if shift is not None and triton_decode.serves(inputs):
+        return triton_decode.forward(inputs, shift)
     batch, heads, num_queries, _ = inputs.query.shape
     out = inputs.query.new_empty(batch, heads, num_queries, inputs.value.shape[3])
     lse = inputs.query.new_empty(batch, heads, num_queries, dtype=torch.float32)

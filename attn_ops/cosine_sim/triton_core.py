@@ -115,15 +115,15 @@ def unit(x: Tensor, gain: Tensor | None, groups: int) -> Tensor:
     return result
 
 
-def _precision(inputs: Inputs) -> str:
+def precision(inputs: Inputs) -> str:
     """How float32 is multiplied: as three bfloat16 each, in six products on the matrix units.
 
     The parts of wider rows do not fit the registers, and Triton's interpreter does not know it.
     """
-    query, precision = inputs.query, dot_precision()
+    query, chosen = inputs.query, dot_precision()
     narrow = max(query.shape[3], inputs.value.shape[3]) <= 128 and query.device.type != "cpu"
-    split = precision == "ieee" and narrow and query.dtype == torch.float32
-    return "bf16x6" if split else precision
+    split = chosen == "ieee" and narrow and query.dtype == torch.float32
+    return "bf16x6" if split else chosen
 
 
 def prepare(inputs: Inputs, *, raw_query: bool = False) -> Core:
@@ -139,7 +139,7 @@ def prepare(inputs: Inputs, *, raw_query: bool = False) -> Core:
     scoring = Scoring(factor, head_scale, heads, heads // kv_heads, num_queries, num_keys)
     constants = {
         "D": width, "E": value_width, "BD": padded(width, torch.bfloat16),
-        "BE": padded(value_width, torch.bfloat16), "BITS": bits, "PRECISION": _precision(inputs),
+        "BE": padded(value_width, torch.bfloat16), "BITS": bits, "PRECISION": precision(inputs),
     }  # fmt: skip
     query = inputs.query
     if not raw_query:

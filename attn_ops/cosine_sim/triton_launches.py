@@ -18,6 +18,19 @@ FORWARD: Table = {
         256: [Launch(32, 32, 8, 2), Launch(32, 16, 8, 1)],
     },
 }
+# Of few queries: columns are keys, and rows the most there are.
+DECODE: Table = {
+    2: {
+        64: [Launch(64, 128, 4, 3), Launch(64, 64, 4, 2)],
+        128: [Launch(64, 64, 4, 3), Launch(64, 32, 4, 2)],
+        256: [Launch(64, 32, 8, 3), Launch(64, 32, 8, 2)],
+    },
+    4: {
+        64: [Launch(64, 64, 8, 2), Launch(64, 32, 8, 1)],
+        128: [Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)],
+        256: [Launch(64, 16, 8, 2), Launch(64, 16, 8, 1)],
+    },
+}
 # rows are queries
 GRAD_QUERY: Table = {
     2: {

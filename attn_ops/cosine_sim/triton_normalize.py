@@ -18,7 +18,7 @@ def _slice_offsets(rows, columns, groups, row_stride, column_stride, WIDTH: tl.c
 
 
 @triton.jit
-def _inverse_norm(x):
+def inverse_norm(x):
     """1 / max(|x|, 1e-12) per row of x [R, W] float32; 0 for a zero row. And |x|² itself."""
     squared = tl.sum(x * x, 1)
     inverse = 1.0 / tl.maximum(tl.sqrt(squared), 1e-12)
@@ -29,7 +29,7 @@ def _inverse_norm(x):
 def unit_rows(x):
     """Rows of x [R, W] as unit vectors, in x's dtype."""
     tile = x.to(tl.float32)
-    inverse, _ = _inverse_norm(tile)
+    inverse, _ = inverse_norm(tile)
     return (tile * inverse[:, None]).to(x.dtype)
 
 
@@ -37,7 +37,7 @@ def unit_rows(x):
 def through_norm(grad, x):
     """The gradient of x [R, W] from grad, that of its unit rows."""
     tile = x.to(tl.float32)
-    inverse, squared = _inverse_norm(tile)
+    inverse, squared = inverse_norm(tile)
     tile *= inverse[:, None]
     # Below the floor of the norm the divisor is a constant: nothing to project out.
     along = tl.where(squared > 1e-24, tl.sum(tile * grad, 1), 0.0)
@@ -60,7 +60,7 @@ def normalize_kernel(
     start = x.pointer + batch * x.batch + head * x.head
     pointers = start + _slice_offsets(rows, columns, groups, x.row, x.column, WIDTH)
     tile = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-    inverse, _ = _inverse_norm(tile)
+    inverse, _ = inverse_norm(tile)
     tile *= inverse[:, None]
     if gain is not None:
         entry = (rows % groups)[:, None] * WIDTH + columns[None, :]
@@ -98,7 +98,7 @@ def normalize_backward_kernel(
 
     inverse = tl.full([ROWS], 1.0, tl.float32)
     if NORM is not None:
-        inverse, squared = _inverse_norm(tile)
+        inverse, squared = inverse_norm(tile)
         tile *= inverse[:, None]
     through_gain = raw
     if gain is not None:

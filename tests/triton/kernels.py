@@ -52,6 +52,22 @@ DESCRIBED = {
     "slices": ONE.but(queries=70, keys=40, options={"groups": 4}),
     "relative bias over blocks": LONG["relative bias over blocks"],
 }
+# Few queries and many keys: spans of keys side by side, the last one short or partly hidden.
+DECODE = {
+    "one query": (ONE.but(queries=1, keys=1024, width=64), SHORT),
+    "some queries of grouped heads": (
+        ONE.but(heads=8, kv_heads=2, queries=3, keys=1100, causal=True, strides="transposed"),
+        torch.float32,
+    ),
+    "odd widths": (
+        ONE.but(batch=2, queries=16, keys=1500, causal=True, width=13, value_width=70),
+        SHORT,
+    ),
+    "queries that see all keys": (
+        ONE.but(heads=4, kv_heads=1, queries=3, keys=1027, options={"scale": -3.0}),
+        SHORT,
+    ),
+}
 EXTREME = {
     "a large scale": {"scale": 1e4},
     "slices and a large scale": {"scale": 16.0, "groups": 8},
@@ -77,6 +93,33 @@ def test_tiles_by_descriptors_agree_with_the_formula(
 
     monkeypatch.setattr(descriptors, "has_descriptors", lambda device: True)
     assert_agrees(SPEC, DESCRIBED[name], torch.float16, device)
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_sums_over_spans_of_keys_agree_with_the_formula(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attn_ops.cosine_sim import triton_decode
+
+    calls = []
+    forward = triton_decode.forward
+    monkeypatch.setattr(triton_decode, "forward", lambda *args: calls.append(1) or forward(*args))
+    case, dtype = DECODE[name]
+    assert_agrees(SPEC, case, dtype, device)
+    assert calls, "another kernel served the call"
+
+
+@pytest.mark.parametrize("queries", (1, 6))
+def test_keys_that_vanish_do_not_attract_queries_in_any_span(
+    queries: int, device: torch.device
+) -> None:
+    """Keys of zeros, keys whose squares are too small for 16 bits, and a query of zeros."""
+    case = ONE.but(queries=queries, keys=1100, causal=True)
+    arguments = SPEC.build(case, torch.float16, device)
+    arguments["query"][..., 0, :] = 0
+    arguments["key"][..., :200, :] = 0
+    arguments["key"][..., 1000:, :] = 6e-8
+    assert_arguments_agree(SPEC, arguments)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)

@@ -223,6 +223,35 @@ def test_kernels_of_cosine_sim_fit(
     check(compiled, capability, stack)
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "queries"),
+    [
+        (90, torch.bfloat16, 128, 1),
+        (90, torch.bfloat16, 128, 32),  # two heads a group: the most rows, by warpgroups
+        (90, torch.float16, 64, 1),
+        (90, torch.float32, 128, 16),
+        (80, torch.bfloat16, 128, 1),
+        (89, torch.bfloat16, 256, 16),
+    ],
+)
+def test_kernels_of_few_queries_fit(
+    compiled: list[tuple[str, Any]],
+    capability: int,
+    dtype: torch.dtype,
+    width: int,
+    queries: int,
+) -> None:
+    query, key, value = inputs(dtype, width)
+    options = (masks.UNBOUNDED, 0, 8.0, 1)
+    kernels = _library.triton_room("cosine_sim")
+    kernels.forward(query[:, :, :queries], key, value, *[None] * 9, *options)
+    assert [name for name, _ in compiled] == ["span_kernel", "add_spans_kernel"]
+    half = dtype != torch.float32
+    check(compiled, capability, most=0 if half else 64)
+    if half:  # wide copies that do not pass through registers
+        assert "cp.async.cg.shared.global" in compiled[0][1].asm["ptx"]
+
+
 @pytest.mark.parametrize("capability", [90])
 def test_kernels_of_cosine_sim_set_what_they_read_whatever_the_strides(
     compiled: list[tuple[str, Any]], capability: int

@@ -33,9 +33,9 @@ ATTN_DEVICE void query_rows(const QueryRows& p, int number) {
   const int blocks = (p.padded + kRowsOfBlock<kWidth> - 1) / kRowsOfBlock<kWidth>;
   const int head = number / blocks;
   const int first = (number - head * blocks) * kRowsOfBlock<kWidth> + threadIdx.x / kLanes;
-  uint4 x[kAtOnce], y[kAtOnce], z[kAtOnce];
+  uint4 x[kAtOnce<kWidth>], y[kAtOnce<kWidth>], z[kAtOnce<kWidth>];
   ATTN_UNROLL
-  for (int i = 0; i < kAtOnce; ++i) {
+  for (int i = 0; i < kAtOnce<kWidth>; ++i) {
     const int m = first + i * kRows;
     x[i] = y[i] = z[i] = make_uint4(0, 0, 0, 0);
     if (m < p.M) {
@@ -46,7 +46,7 @@ ATTN_DEVICE void query_rows(const QueryRows& p, int number) {
     }
   }
   ATTN_UNROLL
-  for (int i = 0; i < kAtOnce; ++i) {
+  for (int i = 0; i < kAtOnce<kWidth>; ++i) {
     const int m = first + i * kRows;
     const float squared = sum_of_lanes<kLanes>(squares<T>(x[i], 0.0f));
     const float delta = sum_of_lanes<kLanes>(dot<T>(y[i], z[i]));

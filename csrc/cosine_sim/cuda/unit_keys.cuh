@@ -28,9 +28,10 @@ ATTN_DEVICE uint4 load_piece(const T* from) {
 }
 
 // Blocks of a head: each reads kAtOnce rows per lane group.
-constexpr int kAtOnce = 2;
 template <int kWidth>
-constexpr int kRowsOfBlock = 256 / (kWidth / 8) * kAtOnce;
+constexpr int kAtOnce = 256 / kWidth;
+template <int kWidth>
+constexpr int kRowsOfBlock = 256 / (kWidth / 8) * kAtOnce<kWidth>;
 
 struct UnitKeys {
   RowsOf key;
@@ -46,9 +47,9 @@ ATTN_DEVICE void find_unit_keys(const UnitKeys& p, int number) {
   const int blocks = (p.N + kRowsOfBlock<kWidth> - 1) / kRowsOfBlock<kWidth>;
   const int head = number / blocks;
   const int first = (number - head * blocks) * kRowsOfBlock<kWidth> + threadIdx.x / kLanes;
-  uint4 x[kAtOnce];
+  uint4 x[kAtOnce<kWidth>];
   ATTN_UNROLL
-  for (int i = 0; i < kAtOnce; ++i) {
+  for (int i = 0; i < kAtOnce<kWidth>; ++i) {
     const int n = first + i * kRows;
     x[i] = make_uint4(0, 0, 0, 0);
     if (n < p.N) {
@@ -56,7 +57,7 @@ ATTN_DEVICE void find_unit_keys(const UnitKeys& p, int number) {
     }
   }
   ATTN_UNROLL
-  for (int i = 0; i < kAtOnce; ++i) {
+  for (int i = 0; i < kAtOnce<kWidth>; ++i) {
     const int n = first + i * kRows;
     const int64_t row = int64_t{head} * p.N + n;
     const float inverse = inverse_length(sum_of_lanes<kLanes>(squares<T>(x[i], 0.0f)));
