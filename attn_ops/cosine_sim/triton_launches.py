@@ -26,9 +26,9 @@ DECODE: Table = {
         256: [Launch(64, 32, 8, 3), Launch(64, 32, 8, 2)],
     },
     4: {
-        64: [Launch(64, 64, 8, 2), Launch(64, 32, 8, 1)],
-        128: [Launch(64, 32, 8, 2), Launch(64, 32, 8, 1)],
-        256: [Launch(64, 16, 8, 2), Launch(64, 16, 8, 1)],
+        64: [Launch(32, 64, 8, 2), Launch(32, 32, 8, 1)],
+        128: [Launch(32, 32, 8, 2), Launch(32, 32, 8, 1)],
+        256: [Launch(32, 16, 8, 2), Launch(32, 16, 8, 1)],
     },
 }
 # rows are queries
