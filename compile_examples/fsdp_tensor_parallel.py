@@ -85,7 +85,8 @@ def worker(rank: int, world: int, meeting_point: str, args: argparse.Namespace) 
     torch.set_num_threads(1)
     kind = "cuda" if torch.cuda.device_count() >= world else "cpu"
     device = torch.device(f"cuda:{rank}" if kind == "cuda" else "cpu")
-    dist.init_process_group(None, meeting_point, rank=rank, world_size=world)
+    transport = "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(transport, meeting_point, rank=rank, world_size=world)
     mesh = init_device_mesh(
         kind, (world // args.tensor, args.tensor), mesh_dim_names=("data", "tensor")
     )

@@ -151,8 +151,9 @@ def largest(x: Tensor) -> float:
 def magnitudes(arguments: dict[str, Any], *grads: Tensor) -> tuple[float, dict[str, float]]:
     """Of the op that has as many results as there are gradients.
 
-    No exponential is taken of a score: its size does not matter. Sums of one sign are larger than
-    the root of their squared terms, and are off by roundings of themselves.
+    No exponential is taken of a score: its size does not matter. Features of the second degree are
+    products, rounded to 16 bits once more on both sides. Sums of one sign are larger than the root
+    of their squared terms, and are off by roundings of themselves.
     """
     with_state = len(grads) > 1
     law: Any = linear_with_state if with_state else linear
@@ -163,7 +164,8 @@ def magnitudes(arguments: dict[str, Any], *grads: Tensor) -> tuple[float, dict[s
         parts = Parts(arguments | ({"causal": True} if with_state else {}))
         squared = terms(Squares(parts, *grads))
     roots = {name: largest(x) ** 0.5 for name, x in squared.items()}
-    return 0.0, {name: math.hypot(roots[name], largest(x)) for name, x in exact.items()}
+    of_features = 2.0 if arguments.get("feature_map") == "taylor" else 0.0
+    return of_features, {name: math.hypot(roots[name], largest(x)) for name, x in exact.items()}
 
 
 def is_floating(x: Any) -> bool:
