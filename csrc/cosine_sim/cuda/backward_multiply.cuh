@@ -5,7 +5,7 @@
 //   S^T = K Q^T, P^T = 2^(S^T - lse), dP^T = V dO^T, dS^T = P^T (dP^T - delta),
 //   dV += P^T dO, dK += dS^T Q, and of both warpgroups together dQ += dS K.
 // Queries and keys are unit vectors, queries times scale * log2(e). Products are waited for in the
-// order in which they start: S and dP of the next queries start between dV, dQ and dK of these.
+// order in which they start: dV, dQ and dK of these queries, then S and dP of the next.
 #pragma once
 
 #include "cosine_sim/cuda/backward_fetch.cuh"
