@@ -1,6 +1,6 @@
-"""Times the Triton kernels of cosine_sim alone, without autograd: what their block sizes do.
+"""Times the kernels of cosine_sim alone, without autograd: what the block sizes of Triton's do.
 
-python -m benchmarks.triton_cosine_sim
+ATTN_OPS_NO_NATIVE=1 python -m benchmarks.triton_cosine_sim   on Hopper, where else CUDA C++ serves
 
 TFLOP/s of the private forward and backward ops (norms included): bfloat16, 16384 tokens, H*D =
 2048; and float32, B4 H8. FLOP = 4*B*H*N*N*D forward, halved when causal, times 2.5 backward.

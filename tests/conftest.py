@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import hypothesis
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 
 DEVICE = os.environ.get("ATTN_OPS_TEST_DEVICE", "cpu")
 
@@ -40,6 +41,15 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def torch_as_it_was() -> Iterator[None]:
+    """Takes back what the commands of the benchmarks set for their process."""
+    threads, donated = torch.get_num_threads(), functorch_config.donated_buffer
+    yield
+    torch.set_num_threads(threads)
+    functorch_config.donated_buffer = donated
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from attn_ops import _library
-from attn_ops.masks import UNBOUNDED
 
 if TYPE_CHECKING:
     from attn_ops.cosine_sim.triton_core import Inputs
@@ -49,14 +48,11 @@ def serves(inputs: Inputs, shift: float | None) -> bool:
     num_keys = key.shape[2]
     return (
         shift is not None  # then there are norms, and exponents are small
-        and inputs.groups == 1
+        and inputs.is_plain()
         and width in WIDTHS
         and value.shape[3] == width
         and query.dtype in DTYPES
         and num_queries >= FEWEST_QUERIES
-        and all(option is None for option in inputs[3:12])
-        and inputs.left == UNBOUNDED
-        and inputs.right in (0, UNBOUNDED)
         and 0 < batch * heads * num_keys <= MOST_ROWS
         and batch * heads * num_queries <= MOST_ROWS
         and _has_whole_rows(query)

@@ -20,6 +20,7 @@ from attn_ops._triton.softmax import LOG2_E
 from attn_ops._triton.tiles import padded, row_major, strided
 from attn_ops._triton.visibility import Band, keys_seen, queries_seeing
 from attn_ops.cosine_sim import triton_normalize
+from attn_ops.masks import UNBOUNDED
 
 BITS_PER_NAT = LOG2_E.value
 
@@ -43,6 +44,11 @@ class Inputs(NamedTuple):
     right: int
     scale: float
     groups: int
+
+    def is_plain(self) -> bool:
+        """Whether there is one norm over a row, and no other argument but causality."""
+        causal_or_not = self.left == UNBOUNDED and self.right in (0, UNBOUNDED)
+        return self.groups == 1 and causal_or_not and all(x is None for x in self[3:12])
 
     def keys_seen(self) -> Band:
         lengths = self.query.shape[2], self.key.shape[2]

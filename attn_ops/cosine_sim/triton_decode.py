@@ -23,7 +23,6 @@ from attn_ops._triton.visibility import interval
 from attn_ops.cosine_sim.triton_core import BITS_PER_NAT, Inputs, precision, stream
 from attn_ops.cosine_sim.triton_launches import DECODE
 from attn_ops.cosine_sim.triton_normalize import inverse_norm, unit_rows
-from attn_ops.masks import UNBOUNDED
 
 MOST_ROWS = {2: 64, 4: 32}  # by bytes per element; more of float32 would spill
 FEWEST_KEYS = 1024
@@ -127,12 +126,9 @@ def serves(inputs: Inputs) -> bool:
     heads, num_queries = inputs.query.shape[1:3]
     kv_heads, num_keys = inputs.key.shape[1:3]
     return (
-        inputs.groups == 1
+        inputs.is_plain()
         and heads // kv_heads * num_queries <= MOST_ROWS[inputs.query.element_size()]
         and num_keys >= FEWEST_KEYS
-        and all(option is None for option in inputs[3:12])
-        and inputs.left == UNBOUNDED
-        and inputs.right in (0, UNBOUNDED)
     )
 
 

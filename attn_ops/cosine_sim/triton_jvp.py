@@ -20,26 +20,14 @@ from torch import Tensor
 from attn_ops._checks import compute_dtype
 from attn_ops._triton.bias import add_pair_terms, pair_terms
 from attn_ops._triton.descriptors import tiles
-from attn_ops._triton.launch import Launch, Table, launch
+from attn_ops._triton.launch import launch
 from attn_ops._triton.softmax import LOG2_E, probabilities
 from attn_ops._triton.tiles import load_per_row, load_rows, padded, row_major, store_rows, strided
 from attn_ops._triton.visibility import block_range, hide_outside, interval
 from attn_ops.cosine_sim.in_blocks import FORWARD_MODE
 from attn_ops.cosine_sim.triton_core import Inputs, contiguous, prepare, stream, unit
+from attn_ops.cosine_sim.triton_launches import JVP
 from attn_ops.cosine_sim.triton_normalize import normalize_backward_kernel
-
-# As in triton_launches.py; rows are queries. The parts of wider rows of float32 fit nowhere.
-JVP: Table = {
-    2: {
-        64: [Launch(128, 64, 8, 2), Launch(64, 32, 4, 2)],
-        128: [Launch(128, 64, 8, 2), Launch(64, 32, 8, 1)],
-        256: [Launch(128, 32, 8, 1), Launch(32, 16, 8, 1)],
-    },
-    4: {
-        64: [Launch(128, 64, 8, 1), Launch(32, 32, 4, 1)],
-        128: [Launch(128, 32, 8, 1), Launch(16, 16, 8, 1)],
-    },
-}
 
 
 def jvp(*args: Any) -> tuple[Tensor, Tensor]:

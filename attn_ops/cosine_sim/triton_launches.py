@@ -83,3 +83,15 @@ GRAD_RELATIVE_BIAS: Table = {
         256: [Launch(16, 16, 4, 1)] * 2,
     },
 }
+# rows are queries. The parts of wider rows of float32 fit nowhere.
+JVP: Table = {
+    2: {
+        64: [Launch(128, 64, 8, 2), Launch(64, 32, 4, 2)],
+        128: [Launch(128, 64, 8, 2), Launch(64, 32, 8, 1)],
+        256: [Launch(128, 32, 8, 1), Launch(32, 16, 8, 1)],
+    },
+    4: {
+        64: [Launch(128, 64, 8, 1), Launch(32, 32, 4, 1)],
+        128: [Launch(128, 32, 8, 1), Launch(16, 16, 8, 1)],
+    },
+}

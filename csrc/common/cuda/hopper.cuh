@@ -71,10 +71,6 @@ ATTN_DEVICE bool one_lane() {
 
 // --- some of the block's warps
 
-template <int kId, int kThreads>
-ATTN_DEVICE void named_sync() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
-}
 ATTN_DEVICE void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
