@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attn_ops._triton.descriptors import tiles
+from attn_ops._triton.descriptors import describable, tiles
 from attn_ops._triton.launch import launch
 from attn_ops._triton.tiles import row_major, strided
 from attn_ops._triton.visibility import Band
@@ -127,19 +127,27 @@ def _target(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def _direct(inputs: Inputs, gain: Tensor | None) -> bool:
-    """Whether the core's gradient of queries or keys becomes final where it is summed.
+def _direct(inputs: Inputs, x: Tensor, gain: Tensor | None) -> bool:
+    """Whether the core's gradient of queries or keys, x, becomes final where it is summed.
 
-    There is one factor, and no norm, or a norm over the whole row.
+    There is one factor, and no norm, or a norm over the whole row. Rows of 16 bits that do not
+    begin at multiples of 16 bytes are left out: Triton 3.6 reads them back from shared memory at
+    addresses that are no multiples of what it reads (benchmarks/LOG.md).
     """
-    return inputs.groups <= 1 and inputs.head_scale is None and gain is None
+    return (
+        inputs.groups <= 1
+        and inputs.head_scale is None
+        and gain is None
+        and (x.element_size() > 2 or describable(x))
+    )
 
 
 def _query_side(
     inputs: Inputs, core: Core, rows: Rows, wanted: set[str]
 ) -> dict[str, Tensor | None]:
     """Gradients of query, query_gain and head_scale."""
-    query, direct = inputs.query, _direct(inputs, inputs.query_gain)
+    query = inputs.query
+    direct = _direct(inputs, query, inputs.query_gain)
     grad = _target(query, query.dtype if direct else torch.float32)
     sizes = core.sizes(GRAD_QUERY)
     batch, heads, num_queries, _ = query.shape
@@ -163,7 +171,8 @@ def _query_side(
 
 def _key_side(inputs: Inputs, core: Core, rows: Rows, wanted: set[str]) -> dict[str, Tensor | None]:
     """Gradients of key, key_gain and value."""
-    key, value, direct = inputs.key, inputs.value, _direct(inputs, inputs.key_gain)
+    key, value = inputs.key, inputs.value
+    direct = _direct(inputs, key, inputs.key_gain)
     share, largest = _head_shares(inputs.head_scale, key.shape[1])
     grad = grad_value = None
     if wanted & {"key", "key_gain"}:
