@@ -1,8 +1,9 @@
 """The CUDA library's kernels for Hopper: which calls they serve. Triton serves the others.
 
-csrc/cosine_sim/cuda has its kernels: dense or causal, one norm over rows of 64 or 128 elements of
-16 bits, and weights without a running maximum. Its backward adds up gradients of queries without an
-order, and gives way to Triton's in deterministic mode.
+csrc/cosine_sim/cuda has its kernels: one norm over rows of 64 or 128 elements of 16 bits, weights
+without a running maximum, and for each query one interval of the keys that a mask leaves. Its
+backward adds up gradients of queries without an order, and gives way to Triton's in deterministic
+mode.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = (64, 128)
 # Fewer fill less than half of a tile, and leave the second warpgroup without work.
 FEWEST_QUERIES = 64
-MOST_ROWS = 1 << 30  # rows are counted in 32 bits
+MOST_ROWS = 1 << 29  # rows are counted in 32 bits
 
 
 def missing(device: torch.device) -> str | None:
@@ -48,7 +49,10 @@ def serves(inputs: Inputs, shift: float | None) -> bool:
     num_keys = key.shape[2]
     return (
         shift is not None  # then there are norms, and exponents are small
-        and inputs.is_plain()
+        and inputs.groups == 1
+        and all(x is None for x in inputs[4:10])
+        and inputs.start is None
+        and (inputs.mask is None or tuple(inputs.mask.shape[1:3]) == (1, 1))
         and width in WIDTHS
         and value.shape[3] == width
         and query.dtype in DTYPES
@@ -74,8 +78,18 @@ def _has_whole_rows(x: Tensor) -> bool:
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """`attn::_cosine_sim_fwd` of a call that is served: out and lse."""
-    out, lse = torch.ops.attn._cosine_sim_fwd_cuda(*inputs[:3], inputs.right == 0, inputs.scale)
+    out, lse = torch.ops.attn._cosine_sim_fwd_cuda(*inputs[:3], *_seen(inputs), inputs.scale)
     return out, lse
+
+
+def _seen(inputs: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int]:
+    """Which keys queries see: mask [1 or B, N], start and stop, left and right."""
+    mask, (start, stop, left, right) = inputs.mask, inputs[10:14]
+    if mask is not None:
+        mask = mask[:, 0, 0].expand(-1, inputs.key.shape[2]).contiguous()
+    if start is not None and stop is not None:
+        start, stop = start.contiguous(), stop.contiguous()
+    return mask, start, stop, left, right
 
 
 def serves_backward(inputs: Inputs, shift: float | None, wanted: set[str]) -> bool:
@@ -97,7 +111,7 @@ def backward(
         *inputs[:3],
         out if _has_whole_rows(out) else out.contiguous(),
         lse.contiguous(),
-        inputs.right == 0,
+        *_seen(inputs),
         inputs.scale,
     )
     grad_query, grad_key, grad_value = grads

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from attn_ops._arguments import fold
 from attn_ops.cosine_sim import cuda
+from attn_ops.cosine_sim.triton_core import Inputs
 from tests.comparison import assert_close
 from tests.conformance.evaluate import (
     assert_arguments_agree,
@@ -34,6 +36,10 @@ else:
         pytest.skip(f"Triton serves: {reason}", allow_module_level=True)
 
 ONE = Case(batch=1, heads=1, kv_heads=1, width=128, value_width=128)
+# A tile ends where a long sequence begins. Some have no queries or no keys, and tokens are left.
+LONG = ((70, 90), (530, 30), (20, 540), (10, 5))
+SHORT = ((100, 90), (0, 20), (20, 0), (90, 70), (5, 10))
+MANY = tuple((length, length) for length in (700, 30, 1, 900, 1300, 5, 129, 128, 640, 500))
 # Keys are normalised by a kernel of their own where 1024 queries read each; causal, where 2048 do.
 # Causal tiles go in pairs where there are 4 pairs for a multiprocessor: the emulation has three.
 SMALL = {
@@ -47,6 +53,15 @@ SMALL = {
     "one key": ONE.but(queries=65, keys=1),
     "without a scale": ONE.but(queries=130, keys=300, options={"scale": 0.0}),
     "negative scale": ONE.but(queries=130, keys=300, causal=True, options={"scale": -9.0}),
+    "window, and keys before all of them": ONE.but(queries=210, keys=420, causal=True, window=100),
+    "hidden keys": ONE.but(batch=2, heads=2, kv_heads=1, queries=70, keys=150, mask="BN"),
+    "hidden keys and a window": ONE.but(
+        batch=2, queries=140, keys=300, mask="BN", causal=True, window=150, strides="transposed"
+    ),
+    "long sequences": ONE.but(heads=2, kv_heads=1, queries=630, keys=670, sequences=LONG),
+    "short sequences, causal, hidden keys": ONE.but(
+        queries=230, keys=200, sequences=SHORT, mask="BN", causal=True
+    ),
     "unit keys": ONE.but(heads=8, queries=129, keys=140),
     "unit keys, causal": ONE.but(heads=8, queries=257, keys=150, causal=True, strides="transposed"),
 }
@@ -63,20 +78,41 @@ LARGE = {
     ),
     "more queries than keys": ONE.but(heads=8, kv_heads=2, queries=3000, keys=1000, causal=True),
     "one past a tile": ONE.but(batch=3, heads=5, kv_heads=5, queries=129, keys=257, causal=True),
+    "window of 512": ONE.but(heads=4, queries=4096, keys=4096, causal=True, window=512),
+    "hidden keys of grouped heads, causal": ONE.but(
+        batch=2, heads=8, kv_heads=2, queries=1000, keys=1500, mask="BN", causal=True
+    ),
+    "many sequences": ONE.but(heads=4, queries=4400, keys=4400, sequences=MANY),
+    "many sequences, causal": ONE.but(
+        heads=4, kv_heads=2, queries=4400, keys=4400, sequences=MANY, causal=True
+    ),
+    "batches in parts, hidden keys": ONE.but(
+        batch=4, heads=6, kv_heads=2, queries=20000, keys=300, mask="BN"
+    ),
     "batches in parts": ONE.but(batch=4, heads=6, kv_heads=2, queries=20000, keys=300),
     "heads in parts": ONE.but(batch=2, heads=18, kv_heads=6, queries=20000, keys=300, causal=True),
     "transposed": ONE.but(
         batch=2, heads=8, kv_heads=2, queries=640, keys=1025, causal=True, strides="transposed"
     ),
 }
+
+
+def is_listed(case: Case) -> bool:
+    """Whether intervals of keys are lists."""
+    return case.mask is not None or case.sequences is not None
+
+
 CASES = SMALL | (LARGE if DEVICE != "cpu" else {})
 RUNS = [
     (name, width, dtype)
     for name in CASES
     for width in (64, 128)
     for dtype in (torch.bfloat16, torch.float16)
-    # An emulation takes its time, and the two types differ in conversions alone.
-    if DEVICE != "cpu" or dtype == torch.bfloat16 or name in ("one tile", "unit keys")
+    # An emulation takes its time. The two types differ in conversions alone, and what the device
+    # finds of masks and sequences does not know the width.
+    if DEVICE != "cpu"
+    or (dtype == torch.bfloat16 and (width == 128 or not is_listed(CASES[name])))
+    or name in ("one tile", "unit keys")
 ]
 each_run = pytest.mark.parametrize(
     ("name", "width", "dtype"), RUNS, ids=[f"{name}-{width}-{dtype}" for name, width, dtype in RUNS]
@@ -98,26 +134,27 @@ class Kernels(torch.autograd.Function):
     """Both passes, as the op joins them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.attn._cosine_sim_fwd_cuda(query, key, value, causal, scale)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.options = causal, scale
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        out, lse = cuda.forward(Inputs(*inputs))
+        ctx.save_for_backward(*inputs[:3], out, lse)
+        ctx.options = inputs[3:]
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:  # type: ignore[override]
-        grads = torch.ops.attn._cosine_sim_bwd_cuda(
-            grad_out.contiguous(), grad_lse.contiguous(), *ctx.saved_tensors, *ctx.options
-        )
-        return *grads, None, None
+        *rows, out, lse = ctx.saved_tensors
+        inputs = Inputs(*rows, *ctx.options)
+        return *cuda.backward(inputs, grad_out, grad_lse, out, lse), *[None] * len(ctx.options)
 
 
 def kernels(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool = False, scale: float = 8.0
+    query: Tensor, key: Tensor, value: Tensor, scale: float = 8.0, **shared: Any
 ) -> tuple[Tensor, ...]:
-    results: tuple[Tensor, ...] = Kernels.apply(query, key, value, causal, scale)
+    args = fold("cosine_sim", query, key, value, **shared)
+    of_keys = args.start, args.stop, args.left, args.right
+    results: tuple[Tensor, ...] = Kernels.apply(
+        args.query, args.key, args.value, args.mask, *[None] * 6, *of_keys, scale, 1
+    )
     return results
 
 

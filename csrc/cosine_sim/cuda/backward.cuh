@@ -13,7 +13,8 @@ struct BackwardCall {
   const Tensor &grad_out, &query, &key, &value, &out, &lse;
   const Tensor* grad_lse;
   Tensor &grad_query, &grad_key, &grad_value;
-  bool causal;
+  Reach reach;  // of keys in their order
+  Order order;  // of keys and values
   double scale;
 };
 
@@ -23,15 +24,18 @@ void backward(const BackwardCall& call);
 
 // Sizes, and the order of blocks: see Blocks.
 template <class P>
-Backward plan_backward(const BackwardCall& call) {
+Backward plan_backward(const BackwardCall& call, const Device& device, Tensor& held) {
   Backward p{};
   p.B = static_cast<int>(call.query.size(0)), p.H = static_cast<int>(call.query.size(1));
   p.M = static_cast<int>(call.query.size(2)), p.N = static_cast<int>(call.key.size(2));
   p.Hk = static_cast<int>(call.key.size(1));
-  p.causal = call.causal;
   p.query_tiles = (p.M + P::kQueries - 1) / P::kQueries;
-  p.key_blocks = (p.N + P::kKeys - 1) / P::kKeys;
-  p.places_in_head = call.causal ? (p.key_blocks + 1) / 2 : p.key_blocks;
+  p.band = call.reach.queries_seeing(p.M, p.N, p.Hk);
+  p.pairs = 4 * length(p.band, 3 * (p.N / 4)) < 3 * length(p.band, p.N / 4);
+  // Queries past the end have weights of 0.
+  p.band.columns = p.query_tiles * P::kQueries;
+  p.key_blocks = find_tiles<P::kKeys>(device, call.key, call.order, p.band, held);
+  p.places_in_head = p.pairs ? (p.key_blocks + 1) / 2 : p.key_blocks;
   p.places = p.B * p.Hk * p.places_in_head;
   return p;
 }
@@ -40,7 +44,8 @@ template <class P>
 void launch_backward(const BackwardCall& call) {
   using T = typename P::T;
   const Device device(call.query);
-  Backward p = plan_backward<P>(call);
+  Tensor blocks_of_keys;
+  Backward p = plan_backward<P>(call, device, blocks_of_keys);
   const int padded = p.query_tiles * P::kQueries, heads = p.B * p.H;
   Tensor query = allocate(call.query, {p.B, p.H, p.M, P::kWidth});
   Tensor key = allocate(call.key, {p.B, p.Hk, p.N, P::kWidth});
@@ -57,8 +62,10 @@ void launch_backward(const BackwardCall& call) {
   q.grad_query = static_cast<float*>(sums.data_ptr());
   q.H = p.H, q.M = p.M, q.padded = padded;
   q.factor = static_cast<float>(call.scale * kBitsPerNat);
+  Tensor value = call.value;
+  if (call.order.rows) value = in_order<T, P::kWidth, false>(device, call.value, call.order);
   UnitKeys k{};
-  k.key = rows_of(call.key), k.Hk = p.Hk, k.N = p.N;
+  k.key = rows_of(call.key), k.order = call.order, k.Hk = p.Hk, k.N = p.N;
   k.inverse = static_cast<float*>(inverse.data_ptr());
   k.unit = key.data_ptr();
   const int query_blocks = heads * row_blocks<P::kWidth>(padded);
@@ -68,8 +75,8 @@ void launch_backward(const BackwardCall& call) {
       k, query_blocks);
 
   p.query = map_of(query, P::kQueries), p.grad_out = map_of(call.grad_out, P::kQueries);
-  p.key = map_of(key, P::kKeys), p.value = map_of(call.value, P::kKeys);
-  p.rows = q.rows, p.key_inverse = k.inverse, p.grad_query = q.grad_query;
+  p.key = map_of(key, P::kKeys), p.value = map_of(value, P::kKeys);
+  p.rows = q.rows, p.key_inverse = k.inverse, p.grad_query = q.grad_query, p.order = call.order;
   p.grad_key = call.grad_key.data_ptr(), p.grad_value = call.grad_value.data_ptr();
   const int most = multiprocessors(device);
   launch_after<&backward_kernel<P>>(device, "cosine_sim: backward",

@@ -48,7 +48,7 @@ ATTN_DEVICE void fetch_backward(const Backward& p, BackwardShared<P> shared) {
         load_tile(shared.grad_out(grads.index), &p.grad_out, arrived, row, head, batch);
       }
       grads.advance();
-      at.advance(p, block);
+      at.advance(block);
     }
     keys_parity ^= 1;
   }

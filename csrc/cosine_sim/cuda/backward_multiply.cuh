@@ -103,7 +103,7 @@ struct MultiplyBackward {
     products_wait<1>();
     keep_here(part);
     add_grad_query(at);
-    at.advance(p, block);
+    at.advance(block);
     barrier_wait(shared.query_arrived(queries.index), queries.parity);
     products_fence();
     start_scores();
@@ -141,17 +141,19 @@ struct MultiplyBackward {
   }
 
   ATTN_DEVICE void find_all_weights(const Block& block, const Cursor& at) {
-    const int first = at.tile * P::kQueries;
-    if (hidden_before(block.first_key + P::kKeys - 1) <= first) {
-      find_weights<false>(0, 0);
+    uint32_t seen[2];
+    if (block.queries.is_full(at.tile)) {
+      find_weights<false>(seen);
     } else {
-      find_weights<true>(hidden_before(block.first_key + row) - first,
-                         hidden_before(block.first_key + row + 8) - first);
+      const int column = at.tile * P::kQueries + lane % 4 * 2;
+      ATTN_UNROLL
+      for (int below = 0; below < 2; ++below) {
+        const int key = block.first_key + row + 8 * below;
+        seen[below] = bits_seen(p.band, p.band.of(block.head, key), column);
+        if (key >= block.past_key) seen[below] = 0;
+      }
+      find_weights<true>(seen);
     }
-  }
-  // Keys past the end are hidden from all.
-  ATTN_DEVICE int hidden_before(int key) const {
-    return key < p.N ? first_seeing(p, key) : 1 << 30;
   }
 
   // 64 keys x queries, from rows of keys or values and rows of queries or grad_out.
@@ -202,19 +204,17 @@ struct MultiplyBackward {
     products_commit();
   }
 
-  // Queries before the limits do not see the key. Limits count from the first query of the tile.
   template <bool kMasked>
-  ATTN_DEVICE void find_weights(int limit, int limit_below) {
+  ATTN_DEVICE void find_weights(const uint32_t (&seen)[2]) {
     const int column = lane % 4 * 2;
     const float* lse = shared.rows(queries.index) + column;
-    const int limits[2] = {limit - column, limit_below - column};
     ATTN_UNROLL
     for (int j = 0; j < P::kQueries / 8; ++j) {
       const float2 bits = load2(lse + 8 * j);
       ATTN_UNROLL
       for (int e = 0; e < 4; ++e) {
         float x = score[4 * j + e] - (e % 2 ? bits.y : bits.x);
-        if constexpr (kMasked) x = 8 * j + e % 2 >= limits[e / 2] ? x : -INFINITY;
+        if constexpr (kMasked) x = seen[e / 2] >> (2 * j + e % 2) & 1 ? x : -INFINITY;
         score[4 * j + e] = fast_exp2(x);
       }
     }
@@ -307,16 +307,18 @@ struct MultiplyBackward {
     for (int below = 0; below < 2; ++below) {
       const int at = opaque(row + 8 * below), key = block.first_key + at;
       const int64_t index = int64_t{block.head} * p.N + key;
-      through_norm(below, key < p.N ? p.key_inverse[index] : 0.0f, unit[below]);
+      through_norm(below, key < block.past_key ? p.key_inverse[index] : 0.0f, unit[below]);
       store_row(static_cast<T*>(p.grad_key), grad_key + 2 * below, block, at);
     }
   }
 
   ATTN_DEVICE void store_row(T* to, const float* pairs, const Block& block, int at) const {
     const int key = block.first_key + at;
-    to += (int64_t{block.head} * p.N + key) * P::kWidth;
+    const bool inside = key < block.past_key;
+    const int given = inside ? p.order.of(block.head / p.Hk, key) : 0;
+    to += (int64_t{block.head} * p.N + given) * P::kWidth;
     ATTN_UNROLL
-    for (int i = 0; i < P::kWidth / 32; ++i) store_part(to + 32 * i, pairs + 16 * i, key < p.N);
+    for (int i = 0; i < P::kWidth / 32; ++i) store_part(to + 32 * i, pairs + 16 * i, inside);
   }
 
   // grad_key from that of unit keys: (g - k (k.g)) / |k|. Below the floor of the norm the divisor

@@ -4,7 +4,8 @@
 // Hk key/value heads, M queries, N keys, D width of all rows.
 #pragma once
 
-#include "cosine_sim/cuda/rows.cuh"
+#include "cosine_sim/cuda/band.cuh"
+#include "cosine_sim/cuda/unit_keys.cuh"
 
 namespace attn::cuda::cosine {
 
@@ -14,10 +15,12 @@ struct Backward {
   const float* rows;            // [B * H, query_tiles, 2, kQueries]: lse in bits, delta
   const float* key_inverse;     // [B * Hk, N]: 1 / |k|
   float* grad_query;            // [B * H, query_tiles, 2, 8, 128, 4], see add_grad_query
-  void *grad_key, *grad_value;  // [B, Hk, N, D], contiguous
+  void *grad_key, *grad_value;  // [B, Hk, N, D], contiguous, as keys and values are given
+  Order order;                  // of keys and values
   int B, H, Hk, M, N;
-  int causal;                   // the last query sees the last key, and blocks go in pairs
+  Band band;                    // which queries see a key, of those of whole tiles
   int query_tiles, key_blocks;  // of a head
+  int pairs;                    // the order of blocks, see Blocks: a long and a short one in turn
   int places, places_in_head;   // pairs or blocks
 };
 
@@ -101,31 +104,24 @@ struct BackwardShared {
   }
 };
 
-// Keys of one head, and the tiles of queries that see them: from `first_tile` to the last one, of
-// each query head of the group.
+// Keys of one head, and the tiles of queries that see them, of each query head of the group.
 struct Block {
   int head;  // of B * Hk
-  int first_key;
-  int first_tile;
+  int first_key, past_key;
+  Range queries;
   int tiles;  // of all heads
 };
 
-// The first query that sees a key.
-ATTN_DEVICE int first_seeing(const Backward& p, int key) {
-  const int diagonal = key - (p.N - p.M);
-  return p.causal && diagonal > 0 ? diagonal : 0;
-}
-
-// The blocks of a multiprocessor: heads in order, and where causality makes blocks unequal, pairs
-// of a long and a short one. Every other round runs backwards. Straight-line code: see the
-// forward's Tiles.
+// The blocks of a multiprocessor: heads in order, with blocks where the band has them, and where
+// the first blocks are the longest, pairs of a long and a short one. Every other round runs
+// backwards. Straight-line code: see the forward's Tiles.
 template <class P>
 struct Blocks {
   const Backward& p;
   int round = 0;
 
   ATTN_DEVICE bool next(Block& block) {
-    const bool pairs = p.causal != 0;
+    const bool pairs = p.pairs != 0;
     const int turn = pairs ? round / 2 : round;
     const int place = turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int index = turn * gridDim.x + place;
@@ -136,8 +132,17 @@ struct Blocks {
     const int number = pairs && (round & 1) ? shorter : longer;
     round += pairs && longer == shorter ? 2 : 1;  // the block in the middle has no other
     block.first_key = number * P::kKeys;
-    block.first_tile = first_seeing(p, block.first_key) / P::kQueries;
-    block.tiles = (p.query_tiles - block.first_tile) * (p.H / p.Hk);
+    block.past_key = block.first_key + P::kKeys < p.N ? block.first_key + P::kKeys : p.N;
+    if (p.band.tiles) {
+      block.first_key = in_all_lanes(p.band.tiles[number]);
+      block.past_key = in_all_lanes(p.band.tiles[number + 1]);
+    }
+    int origin;
+    block.queries =
+        tiles_seen<P::kQueries, false>(p.band, block.head, block.first_key, block.past_key, origin);
+    // Keys past the end are hidden from all.
+    if (block.past_key - block.first_key < P::kKeys) block.queries.full_end = 0;
+    block.tiles = (block.queries.end - block.queries.begin) * (p.H / p.Hk);
     return true;
   }
 };
@@ -148,10 +153,10 @@ struct Cursor {
   int tile;
 
   ATTN_DEVICE Cursor(const Backward& p, const Block& block)
-      : head(block.head * (p.H / p.Hk)), tile(block.first_tile) {}
-  ATTN_DEVICE void advance(const Backward& p, const Block& block) {
-    const bool last = tile + 1 == p.query_tiles;
-    tile = last ? block.first_tile : tile + 1;
+      : head(block.head * (p.H / p.Hk)), tile(block.queries.begin) {}
+  ATTN_DEVICE void advance(const Block& block) {
+    const bool last = tile + 1 == block.queries.end;
+    tile = last ? block.queries.begin : tile + 1;
     head += last ? 1 : 0;
   }
 };

@@ -30,10 +30,11 @@ struct Fetch {
                   tile_batch);
       }
       queries.advance();
-      for (int i = tile.key_tiles - 1; i >= 0; --i) {
-        load_keys(keys, i * P::kKeys, key_head, tile_batch);
+      for (int i = tile.keys.end - 1; i >= 0; --i) {
+        const int first = tile.first_key + i * P::kKeys;
+        load_keys(keys, first, key_head, tile_batch);
         if (head >= 0) load_values(values, row, head, batch);
-        row = i * P::kKeys, head = key_head, batch = tile_batch;
+        row = first, head = key_head, batch = tile_batch;
       }
     }
     if (head >= 0) load_values(values, row, head, batch);
@@ -60,7 +61,7 @@ struct Fetch {
       }
       queries.advance();
       if constexpr (!P::kUnitKeys) {
-        for (int i = tile.key_tiles - 1; i >= 0; --i) {
+        for (int i = tile.keys.end - 1; i >= 0; --i) {
           barrier_wait(shared.key_arrived(keys.index), keys.parity);
 #pragma unroll 1
           for (int group = 0; group < P::kKeyGroups; ++group) {

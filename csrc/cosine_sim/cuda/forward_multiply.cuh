@@ -52,9 +52,6 @@ struct Multiply {
   ATTN_DEVICE void attend(const Tile& tile) {
     ATTN_UNROLL
     for (int i = 0; i < 2; ++i) sum[i] = 0.0f;
-    const int limit = key_limit(p, tile.first_query + row);
-    const int limit_below = key_limit(p, tile.first_query + row + 8);
-
     barrier_wait(shared.query_ready(queries.index), queries.parity);
     if constexpr (P::kHeld) hold_query();
     barrier_wait(shared.key_arrived(keys.index), keys.parity);
@@ -63,24 +60,30 @@ struct Multiply {
     products_wait<0>();
     keep_here(score);
     release(shared.key_free(keys.index));
-    int i = tile.key_tiles - 1;
+    int i = tile.keys.end - 1;
     if (!P::kHeld && i == 0) release(shared.query_free(queries.index));
-    if (i >= tile.full_tiles) {
-      find_weights<true>(limit - i * P::kKeys, limit_below - i * P::kKeys);
+    uint32_t seen[2];
+    if (tile.keys.is_full(i)) {
+      find_weights<false>(seen);
     } else {
-      find_weights<false>(0, 0);
+      find_seen(seen, tile, i);
+      find_weights<true>(seen);
     }
     keys.advance();
     slots.advance();
     pack_weights();
     barrier_wait(shared.value_arrived(values.index), values.parity);
     int accumulate = 0;
-    for (--i; i >= tile.full_tiles; --i) {
-      step<true>(i == 0, limit - i * P::kKeys, limit_below - i * P::kKeys, accumulate);
+    for (--i; i >= tile.keys.full_end; --i) {
+      step<true>(tile, i, accumulate);
+      accumulate = 1;
+    }
+    for (; i >= tile.keys.full_begin; --i) {
+      step<false>(tile, i, accumulate);
       accumulate = 1;
     }
     for (; i >= 0; --i) {
-      step<false>(i == 0, 0, 0, accumulate);
+      step<true>(tile, i, accumulate);
       accumulate = 1;
     }
     queries.advance();
@@ -97,7 +100,7 @@ struct Multiply {
 
   // The scores of the next keys and the outputs of the last, then the weights of the next.
   template <bool kMasked>
-  ATTN_DEVICE void step(bool last, int limit, int limit_below, int accumulate) {
+  ATTN_DEVICE void step(const Tile& tile, int i, int accumulate) {
     barrier_wait(shared.key_arrived(keys.index), keys.parity);
     if constexpr (P::kTurns) named_sync(1 + warpgroup, 256);
     keep_weights();
@@ -107,11 +110,13 @@ struct Multiply {
     if constexpr (P::kTurns) {
       named_arrive(1 + (warpgroup + 1 == P::kWarpgroups ? 0 : warpgroup + 1), 256);
     }
+    uint32_t seen[2];
+    if constexpr (kMasked) find_seen(seen, tile, i);
     products_wait<1>();
     keep_here(score);
     release(shared.key_free(keys.index));
-    if (!P::kHeld && last) release(shared.query_free(queries.index));
-    find_weights<kMasked>(limit, limit_below);
+    if (!P::kHeld && i == 0) release(shared.query_free(queries.index));
+    find_weights<kMasked>(seen);
     keys.advance();
     slots.advance();
     const int done = values.index;
@@ -169,15 +174,23 @@ struct Multiply {
     products_commit();
   }
 
-  // Keys at or after the limits are hidden. Limits count from the first key of the tile.
+  // Which of its keys of tile i a thread's queries see.
+  ATTN_DEVICE void find_seen(uint32_t (&seen)[2], const Tile& tile, int i) const {
+    const int column = tile.first_key + i * P::kKeys + lane % 4 * 2;
+    ATTN_UNROLL
+    for (int below = 0; below < 2; ++below) {
+      const int query = tile.first_query + row + 8 * below;
+      seen[below] = bits_seen(p.band, p.band.of(tile.head, query), column);
+    }
+  }
+
   template <bool kMasked>
-  ATTN_DEVICE void find_weights(int limit, int limit_below) {
+  ATTN_DEVICE void find_weights(const uint32_t (&seen)[2]) {
     if constexpr (!P::kUnitKeys) {
       barrier_wait(shared.factors_ready(slots.index), slots.parity);
     }
     const int column = lane % 4 * 2;
     const float* factors = shared.factors(slots.index) + column;
-    const int limits[2] = {limit - column, limit_below - column};
     ATTN_UNROLL
     for (int j = 0; j < P::kKeys / 8; ++j) {
       float2 factor = make_float2(1.0f, 1.0f);
@@ -186,7 +199,7 @@ struct Multiply {
       for (int e = 0; e < 4; ++e) {
         float x = score[4 * j + e];
         if constexpr (!P::kUnitKeys) x *= e % 2 ? factor.y : factor.x;
-        if constexpr (kMasked) x = 8 * j + e % 2 < limits[e / 2] ? x : -INFINITY;
+        if constexpr (kMasked) x = seen[e / 2] >> (2 * j + e % 2) & 1 ? x : -INFINITY;
         x = fast_exp2(x);
         sum[e / 2] += x;
         score[4 * j + e] = x;
@@ -233,8 +246,10 @@ struct Multiply {
       const int64_t index = int64_t{tile.head} * p.M + query;
       T* to = static_cast<T*>(p.out) + index * P::kWidth;
       ATTN_UNROLL
-      for (int i = 0; i < P::kWidth / 32; ++i) store_part(to + 32 * i, i, below, inverse, query);
-      if (lane % 4 == 0 && query < p.M) {
+      for (int i = 0; i < P::kWidth / 32; ++i) {
+        store_part(to + 32 * i, i, below, inverse, query < tile.past_query);
+      }
+      if (lane % 4 == 0 && query < tile.past_query) {
         p.lse[index] = total > 0.0f ? logf(total) : -INFINITY;
       }
     }
@@ -242,7 +257,7 @@ struct Multiply {
 
   // 32 columns of a row, of which a thread has 8 pairs apart: four threads exchange them, so that
   // each stores 8 neighbours.
-  ATTN_DEVICE void store_part(T* to, int i, int below, float inverse, int query) const {
+  ATTN_DEVICE void store_part(T* to, int i, int below, float inverse, bool inside) const {
     uint32_t x[4];
     ATTN_UNROLL
     for (int j = 0; j < 4; ++j) {
@@ -250,7 +265,7 @@ struct Multiply {
       x[j] = pack(pair[0] * inverse, pair[1] * inverse, T{});
     }
     transpose_lanes(x, lane);
-    if (query < p.M) {
+    if (inside) {
       store4(reinterpret_cast<uint32_t*>(to + lane % 4 * 8), make_uint4(x[0], x[1], x[2], x[3]));
     }
   }

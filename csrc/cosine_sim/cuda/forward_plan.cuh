@@ -3,6 +3,7 @@
 // Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D width of all rows.
 #pragma once
 
+#include "cosine_sim/cuda/band.cuh"
 #include "cosine_sim/cuda/rows.cuh"
 
 namespace attn::cuda::cosine {
@@ -11,8 +12,8 @@ struct Forward {
   TensorMap query, key, value;
   void* out;   // [B, H, M, D], contiguous
   float* lse;  // [B, H, M]
-  int B, H, Hk, M, N;
-  int causal;          // the last query sees the last key
+  int B, H, Hk, M;
+  Band band;           // which keys a query sees
   float factor;        // scale * log2(e): a unit query times it, times a unit key, is a power of 2
   int query_tiles;     // of a head
   int pairs;           // the order of tiles, see Tiles: a long and a short row one after the other
@@ -115,25 +116,18 @@ struct Shared {
   static constexpr int kFirst = 3 * P::kQueryStages;
 };
 
-// Queries of one head, and the blocks of keys that they see; the last `key_tiles - full_tiles` of
-// them only in part.
+// Queries of one head, and the tiles of keys that they see, counted from a first key.
 struct Tile {
   int head;  // of B * H
-  int first_query;
-  int key_tiles;
-  int full_tiles;
+  int first_query, past_query;
+  int first_key;
+  Range keys;  // from 0
 };
 
-// The keys that a query sees: [0, limit).
-ATTN_DEVICE int key_limit(const Forward& p, int query) {
-  const int diagonal = query + p.N - p.M + 1;
-  return p.causal && diagonal < p.N ? diagonal : p.N;
-}
-
-// The block's tiles. Where causality makes rows of tiles unequal and there are many, pairs of a
+// The block's tiles. Where the last rows of tiles are the longest and there are many, pairs of a
 // long and a short row of one head, whose keys and values stay in the L2 cache; where there are
-// few, all heads together with the longest rows first. Else heads in order. Every other round runs
-// backwards, which evens out the rest.
+// few, all heads together with the longest rows first. Else heads in order, with tiles where the
+// band has them. Every other round runs backwards, which evens out the rest.
 template <class P>
 struct Tiles {
   const Forward& p;
@@ -156,11 +150,13 @@ struct Tiles {
     round += pairs && from_last == longer ? 2 : 1;  // the row in the middle has no other
 
     tile.first_query = row * P::kQueries;
-    const int last = tile.first_query + P::kQueries < p.M ? tile.first_query + P::kQueries : p.M;
-    const int end = key_limit(p, last - 1), full = key_limit(p, tile.first_query);
-    const int seen = (end + P::kKeys - 1) / P::kKeys;
-    tile.key_tiles = seen > 1 ? seen : 1;  // one, to write zeros
-    tile.full_tiles = (full > 0 ? full : 0) / P::kKeys;
+    tile.past_query = tile.first_query + P::kQueries < p.M ? tile.first_query + P::kQueries : p.M;
+    if (p.band.tiles) {
+      tile.first_query = in_all_lanes(p.band.tiles[row]);
+      tile.past_query = in_all_lanes(p.band.tiles[row + 1]);
+    }
+    tile.keys = tiles_seen<P::kKeys, true>(p.band, tile.head, tile.first_query, tile.past_query,
+                                           tile.first_key);
     return true;
   }
 };

@@ -9,6 +9,7 @@
 #include "common/checks.h"
 #include "cosine_sim/cuda/backward.cuh"
 #include "cosine_sim/cuda/forward.cuh"
+#include "cosine_sim/cuda/seen.cuh"
 
 namespace attn::cuda::cosine {
 
@@ -35,7 +36,7 @@ void check_rows(const char* name, const Tensor& x) {
 }
 
 void check(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
-  constexpr int64_t kMost = int64_t{1} << 30;
+  constexpr int64_t kMost = int64_t{1} << 29;
   check_query_key_value(kOp, query, key, value);
   const bool half = query.scalar_type() == ScalarType::Half;
   const int64_t width = query.size(3), N = key.size(2);
@@ -45,7 +46,7 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, double s
                   ": the kernel for Hopper must have D = E = 64 or 128");
   const int64_t heads = query.size(0) * query.size(1);
   STD_TORCH_CHECK(N > 0 && heads * query.size(2) <= kMost && heads * N <= kMost, kOp,
-                  ": the kernel for Hopper must have from 1 to 2**30 rows");
+                  ": the kernel for Hopper must have from 1 to 2**29 rows");
   STD_TORCH_CHECK(std::abs(scale) * kBitsPerNat <= (half ? 14 : 60), kOp,
                   ": scale is too large for weights without a running maximum");
   check_rows("query", query);
@@ -54,17 +55,22 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, double s
 }
 
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value,
-                                  bool causal, double scale) {
+                                  const OptionalTensor& mask, const OptionalTensor& start,
+                                  const OptionalTensor& stop, int64_t left, int64_t right,
+                                  double scale) {
   check(query, key, value, scale);
+  const Seen seen(kOp, query, key, {mask, start, stop, left, right});
   const int64_t B = query.size(0), H = query.size(1), M = query.size(2);
   Tensor out = allocate(query, {B, H, M, query.size(3)});
   Tensor lse = allocate(query, {B, H, M}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
-  const int64_t group = H / key.size(1), unit_keys = key.size(2) * key.size(3) * 2;
-  in_parts(B, key.size(1), unit_keys, 128 * kMega, [&](const Part& part) {
+  const int64_t group = H / key.size(1);
+  // Unit keys, and values in their order.
+  const int64_t workspace = key.size(2) * key.size(3) * (mask ? 4 : 2);
+  in_parts(B, key.size(1), workspace, 128 * kMega, [&](const Part& part) {
     const Tensor q = part.of(query, group), k = part.of(key), v = part.of(value);
     Tensor o = part.of(out, group), l = part.of(lse, group);
-    const ForwardCall call{q, k, v, o, l, causal, scale};
+    const ForwardCall call{q, k, v, o, l, part.of(seen.keys_seen()), part.of(seen.order()), scale};
     query.scalar_type() == ScalarType::Half ? forward<Half>(call) : forward<BFloat>(call);
   });
   return {out, lse};
@@ -73,8 +79,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const 
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, std::optional<Tensor> grad_lse,
                                              const Tensor& query, const Tensor& key,
                                              const Tensor& value, const Tensor& out,
-                                             const Tensor& lse, bool causal, double scale) {
+                                             const Tensor& lse, const OptionalTensor& mask,
+                                             const OptionalTensor& start,
+                                             const OptionalTensor& stop, int64_t left,
+                                             int64_t right, double scale) {
   check(query, key, value, scale);
+  Seen seen(kOp, query, key, {mask, start, stop, left, right});
+  const Reach reach = seen.queries_seeing(query);
   check_rows("grad_out", grad_out);
   check_rows("out", out);
   Tensor grads[3];
@@ -84,16 +95,19 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, std::option
     grads[i] = allocate(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   }
   const int64_t group = query.size(1) / key.size(1), width = query.size(3);
-  // Unit queries and sums of their gradients, unit keys.
-  const int64_t workspace = group * query.size(2) * width * 6 + key.size(2) * width * 2;
+  // Unit queries and sums of their gradients, unit keys, and values in their order.
+  const int64_t workspace =
+      group * query.size(2) * width * 6 + key.size(2) * width * (mask ? 4 : 2);
   in_parts(query.size(0), key.size(1), workspace, 264 * kMega, [&](const Part& part) {
     const Tensor g = part.of(grad_out, group), o = part.of(out, group), l = part.of(lse, group);
     const Tensor q = part.of(query, group), k = part.of(key), v = part.of(value);
     const std::optional<Tensor> of_lse =
         grad_lse ? std::optional<Tensor>(part.of(*grad_lse, group)) : std::nullopt;
     Tensor gq = part.of(grads[0], group), gk = part.of(grads[1]), gv = part.of(grads[2]);
-    const BackwardCall call{g,  q,  k,  v,      o,    l, of_lse ? &*of_lse : nullptr,
-                            gq, gk, gv, causal, scale};
+    const Reach to = part.of(reach);
+    const Order as = part.of(seen.order());
+    const Tensor* l_grad = of_lse ? &*of_lse : nullptr;
+    const BackwardCall call{g, q, k, v, o, l, l_grad, gq, gk, gv, to, as, scale};
     query.scalar_type() == ScalarType::Half ? backward<Half>(call) : backward<BFloat>(call);
   });
   return {grads[0], grads[1], grads[2]};
@@ -101,11 +115,12 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, std::option
 
 STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
   m.def(
-      "_cosine_sim_fwd_cuda(Tensor query, Tensor key, Tensor value, bool causal, float scale) -> "
-      "(Tensor out, Tensor lse)");
+      "_cosine_sim_fwd_cuda(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? start, "
+      "Tensor? stop, int left, int right, float scale) -> (Tensor out, Tensor lse)");
   m.def(
       "_cosine_sim_bwd_cuda(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
-      "value, Tensor out, Tensor lse, bool causal, float scale) -> (Tensor, Tensor, Tensor)");
+      "value, Tensor out, Tensor lse, Tensor? mask, Tensor? start, Tensor? stop, int left, "
+      "int right, float scale) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(attn, ATTN_DISPATCH_KEY, m) {
   m.impl("_cosine_sim_fwd_cuda", TORCH_BOX(&attend));

@@ -1,4 +1,5 @@
-// Keys as unit vectors, before the kernels that read each of them many times.
+// Keys as unit vectors, before the kernels that read each of them many times, and rows of keys and
+// values in another order.
 #pragma once
 
 #include "cosine_sim/cuda/rows.cuh"
@@ -33,14 +34,26 @@ constexpr int kAtOnce = 256 / kWidth;
 template <int kWidth>
 constexpr int kRowsOfBlock = 256 / (kWidth / 8) * kAtOnce<kWidth>;
 
+// Rows in the order of a batch: [1 or B, N], or null where they are as they are.
+struct Order {
+  const int* rows;
+  int batch;  // from those of a batch to those of the next
+
+  ATTN_HOST_DEVICE int of(int of_batch, int row) const {
+    return rows ? rows[int64_t{of_batch} * batch + row] : row;
+  }
+};
+
 struct UnitKeys {
   RowsOf key;
+  Order order;
   int Hk, N;
   float* inverse;  // [B, Hk, N], or null
   void* unit;      // [B, Hk, N, D]
 };
 
-template <class T, int kWidth>
+// Unit vectors, or rows as they are.
+template <class T, int kWidth, bool kUnit = true>
 ATTN_DEVICE void find_unit_keys(const UnitKeys& p, int number) {
   constexpr int kLanes = kWidth / 8, kRows = 256 / kLanes;
   const int part = threadIdx.x % kLanes;
@@ -53,14 +66,18 @@ ATTN_DEVICE void find_unit_keys(const UnitKeys& p, int number) {
     const int n = first + i * kRows;
     x[i] = make_uint4(0, 0, 0, 0);
     if (n < p.N) {
-      x[i] = load_piece(row_of<T>(p.key, head / p.Hk, head % p.Hk, n) + part * 8);
+      const int batch = head / p.Hk;
+      x[i] = load_piece(row_of<T>(p.key, batch, head % p.Hk, p.order.of(batch, n)) + part * 8);
     }
   }
   ATTN_UNROLL
   for (int i = 0; i < kAtOnce<kWidth>; ++i) {
     const int n = first + i * kRows;
     const int64_t row = int64_t{head} * p.N + n;
-    const float inverse = inverse_length(sum_of_lanes<kLanes>(squares<T>(x[i], 0.0f)));
+    float inverse = 1.0f;
+    if constexpr (kUnit) {
+      inverse = inverse_length(sum_of_lanes<kLanes>(squares<T>(x[i], 0.0f)));
+    }
     if (n >= p.N) continue;
     if (part == 0 && p.inverse) p.inverse[row] = inverse;
     store4(reinterpret_cast<uint32_t*>(static_cast<T*>(p.unit) + row * kWidth + part * 8),
@@ -69,9 +86,9 @@ ATTN_DEVICE void find_unit_keys(const UnitKeys& p, int number) {
   }
 }
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kUnit>
 __global__ void __launch_bounds__(256) unit_keys_kernel(const __grid_constant__ UnitKeys p) {
-  find_unit_keys<T, kWidth>(p, blockIdx.x);
+  find_unit_keys<T, kWidth, kUnit>(p, blockIdx.x);
 }
 
 }  // namespace attn::cuda::cosine
