@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attn_ops._triton.launch import Launch, launch
 from attn_ops._triton.tiles import load_pairs, strided
 
 
@@ -49,6 +50,23 @@ def pair_terms(
 
 
 @triton.jit
+def load_bias_tile(bias, batch, head, first_query, first_key, num_queries):
+    """[queries, keys] by a descriptor of [1 or B, 1 or H, M, N].
+
+    Or of [H, diagonals of blocks * BLOCK, BLOCK], a tile for each diagonal: see expand_diagonals.
+    """
+    if len(bias.block_shape) == 3:
+        last_query = (num_queries - 1) // bias.block_shape[1] * bias.block_shape[1]
+        tile = bias.load([head.to(tl.int32), last_query - first_query + first_key, 0])
+        return tile.reshape([bias.block_shape[1], bias.block_shape[2]])
+    else:
+        batch = tl.minimum(batch.to(tl.int32), bias.shape[0] - 1)
+        head = tl.minimum(head.to(tl.int32), bias.shape[1] - 1)
+        tile = bias.load([batch, head, first_query, first_key])
+        return tile.reshape([bias.block_shape[2], bias.block_shape[3]])
+
+
+@triton.jit
 def add_pair_terms(score, terms, batch, head, queries, keys, num_queries, num_keys):
     """score + bias + relative_bias, -inf where the mask hides; with a bias the score is in nats."""
     inside = (queries < num_queries) & (keys < num_keys)
@@ -66,3 +84,37 @@ def add_pair_terms(score, terms, batch, head, queries, keys, num_queries, num_ke
         seen = load_pairs(start, terms.mask_row, terms.mask_column, queries, keys, inside)
         score = tl.where(seen, score, float("-inf"))
     return score
+
+
+@triton.jit
+def expand_diagonals_kernel(
+    relative_bias, expanded, num_queries, num_keys, num_heads, BLOCK: tl.constexpr
+):
+    """A program writes the tile of a diagonal of blocks; the last queries have the first one."""
+    query_blocks, key_blocks = tl.cdiv(num_queries, BLOCK), tl.cdiv(num_keys, BLOCK)
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
+    number = tl.program_id(0) // num_heads
+    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    ahead = number - (query_blocks - 1)
+    diagonals = ahead * BLOCK + columns - rows + (num_queries - 1)
+    inside = (diagonals >= 0) & (diagonals < num_queries + num_keys - 1)
+    start = relative_bias.pointer + head * relative_bias.head
+    tile = tl.load(start + diagonals.to(tl.int64) * relative_bias.column, mask=inside, other=0.0)
+    start = expanded + (head * (query_blocks + key_blocks - 1) + number) * (BLOCK * BLOCK)
+    tl.store(start + rows * BLOCK + columns, tile)
+
+
+def expand_diagonals(relative_bias: Tensor, num_queries: int, num_keys: int, block: int) -> Tensor:
+    """relative_bias [H, M+N-1] as [H, diagonals of blocks * block, block].
+
+    Tiles of scores on one diagonal of blocks have the same tile of it: linear in M + N, and fetched
+    by the copy engine. Entry by entry it takes as long as all else.
+    """
+    heads = relative_bias.shape[0]
+    diagonals = triton.cdiv(num_queries, block) + triton.cdiv(num_keys, block) - 1
+    result = relative_bias.new_empty(heads, diagonals * block, block)
+    launch(
+        expand_diagonals_kernel, heads * diagonals, Launch(block, block, 4, 1),
+        strided(relative_bias[None, :, None]), result, num_queries, num_keys, heads, BLOCK=block,
+    )  # fmt: skip
+    return result

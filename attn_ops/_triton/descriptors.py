@@ -41,6 +41,13 @@ def descriptor(tensor: Tensor, rows: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, width])
 
 
+def square_descriptor(tensor: Tensor) -> TensorDescriptor:
+    """Tiles [width, width] of a contiguous tensor [H, rows, width]."""
+    bind_context(tensor.device)
+    width = tensor.shape[2]
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, width, width])
+
+
 def tiles(tensor: Tensor, rows: int, width: int) -> Any:
     """The kernel argument for a tensor [B, H, rows, columns] that is read or written in tiles.
 

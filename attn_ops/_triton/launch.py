@@ -30,16 +30,19 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def choose(table: Table, tensor: Tensor, *widths: int, plain: bool) -> Launch:
+def choose(table: Table, tensor: Tensor, *widths: int, plain: bool, biased: bool = False) -> Launch:
     """The launch for a dtype and the widest head.
 
     table[bytes per element][padded width, 64 or more] is a pair: for devices with 227 KB of shared
-    memory as long as scores are `plain` products, and for everything else.
+    memory as long as scores are `plain` products, and for everything else; and, where the same
+    devices do better with another, a third one for products and a bias that comes in tiles.
     """
-    large, small = table[tensor.element_size()][
+    launches = table[tensor.element_size()][
         max(64, *(padded(width, tensor.dtype) for width in widths))
     ]
-    return large if plain and shared_memory(tensor.device) >= 227 << 10 else small
+    if not plain or shared_memory(tensor.device) < 227 << 10:
+        return launches[1]
+    return launches[-1 if biased else 0]
 
 
 def dot_precision() -> str:

@@ -61,6 +61,23 @@ def row_pointers(view, batch, head, first_row, BLOCK: tl.constexpr, PADDED: tl.c
 
 
 @triton.jit
+def owner(blocks, num_heads, bias):
+    """block, head and batch of a program, the last two int64.
+
+    The batches that read the same tiles of a bias at the same time find them in the L2 cache.
+    """
+    program = tl.program_id(0)
+    if bias is None:
+        block, batch = program % blocks, program // (blocks * num_heads)
+        head = program // blocks % num_heads
+    else:
+        num_batches = tl.num_programs(0) // (blocks * num_heads)
+        batch, block = program % num_batches, program // num_batches % blocks
+        head = program // num_batches // blocks
+    return block, head.to(tl.int64), batch.to(tl.int64)
+
+
+@triton.jit
 def load_rows(
     view, batch, head, first_row, num_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
@@ -93,6 +110,24 @@ def store_rows(
         pointers = row_pointers(view, batch, head, first_row, BLOCK, PADDED)
         inside = tl.arange(0, PADDED)[None, :] < WIDTH
         inside = inside & (first_row + tl.arange(0, BLOCK)[:, None] < num_rows)
+        tl.store(pointers, tile.to(view.pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_block(view, batch, head, first_row, first_column, num_rows, num_columns, tile):
+    """Writes the part of the tile that exists at any place of [B, H, num_rows, num_columns].
+
+    A tensor without a descriptor is contiguous.
+    """
+    if isinstance(view, tl.tensor_descriptor):
+        at = [batch.to(tl.int32), head.to(tl.int32), first_row, first_column]
+        view.store(at, tile.to(view.dtype).reshape([1, 1, tile.shape[0], tile.shape[1]]))
+    else:
+        rows = (first_row + tl.arange(0, tile.shape[0]))[:, None]
+        columns = (first_column + tl.arange(0, tile.shape[1]))[None, :]
+        start = view.pointer + batch.to(tl.int64) * view.batch + head.to(tl.int64) * view.head
+        inside = (rows < num_rows) & (columns < num_columns)
+        pointers = start + (rows.to(tl.int64) * view.row + columns)
         tl.store(pointers, tile.to(view.pointer.dtype.element_ty), mask=inside)
 
 

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from attn_ops._triton.descriptors import describable, tiles
-from attn_ops._triton.launch import launch
+from attn_ops._triton.launch import Launch, choose, launch
 from attn_ops._triton.tiles import row_major, strided
 from attn_ops._triton.visibility import Band
 from attn_ops.cosine_sim import (
@@ -27,6 +27,7 @@ from attn_ops.cosine_sim import (
     triton_backward,
     triton_bias,
     triton_decode,
+    triton_diagonals,
     triton_forward,
     triton_normalize,
 )
@@ -36,6 +37,7 @@ from attn_ops.cosine_sim.triton_launches import (
     GRAD_BIAS,
     GRAD_KEY_VALUE,
     GRAD_QUERY,
+    GRAD_QUERY_BIAS,
     GRAD_RELATIVE_BIAS,
 )
 
@@ -57,7 +59,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(inputs.query):
         # 16-bit queries go to the matrix units from registers, where they can be normalised.
         raw = inputs.groups == 1 and inputs.query_gain is None and out.element_size() == 2
-        core = prepare(inputs, raw_query=raw)
+        core = prepare(inputs, raw_query=raw, squares=True)
         sizes = core.sizes(FORWARD)
         launch(
             triton_forward.forward_kernel, batch * heads * triton.cdiv(num_queries, sizes.rows),
@@ -78,14 +80,17 @@ def backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Ten
         grads_of_rows = cuda.backward(inputs, grad_out, grad_lse, out, lse)
         return (*grads_of_rows, *(inputs.query.new_empty(0) for _ in GRADS[3:]))
     with torch.cuda.device_of(inputs.query):
-        core = prepare(inputs)
+        core = prepare(inputs, squares=True)
         rows = Rows(row_major(grad_out), lse.contiguous(), _delta(out, grad_out, grad_lse))
         grads: dict[str, Tensor | None] = {}
-        if wanted & {"query", "query_gain", "head_scale"}:
+        batches = _shares_rows(inputs, inputs.keys_seen())
+        if batches and "bias" in wanted and "query" in wanted:
+            grads |= _query_and_bias(inputs, core, rows, inputs.keys_seen(), batches)
+        elif wanted & {"query", "query_gain", "head_scale"}:
             grads |= _query_side(inputs, core, rows, wanted)
         if wanted & {"key", "key_gain", "value"}:
             grads |= _key_side(inputs, core, rows, wanted)
-        if "bias" in wanted and inputs.bias is not None:
+        if "bias" in wanted - grads.keys() and inputs.bias is not None:
             grads["bias"] = _grad_bias(core, rows, inputs.keys_seen(), inputs.bias)
         if "relative_bias" in wanted and inputs.relative_bias is not None:
             grads["relative_bias"] = _grad_relative_bias(core, rows, inputs.keys_seen())
@@ -250,8 +255,8 @@ def _grad_bias(core: Core, rows: Rows, band: Band, bias: Tensor) -> Tensor:
     launch(
         triton_bias.grad_bias_kernel, own[0] * own[1] * own[2] * own[3], sizes,
         *core.operands(sizes.rows, sizes.columns),
-        *rows.operands(sizes.rows, core.constants["BE"]), grad, bias.shape[2], bias.shape[3],
-        *own[1:], *summed, core.scoring, core.terms, band,
+        *rows.operands(sizes.rows, core.constants["BE"]), tiles(grad, sizes.rows, sizes.columns),
+        bias.shape[2], bias.shape[3], *own[1:], *summed, core.scoring, core.terms, band,
         **core.constants, BM=sizes.rows, BN=sizes.columns,
     )  # fmt: skip
     return grad
@@ -259,13 +264,63 @@ def _grad_bias(core: Core, rows: Rows, band: Band, bias: Tensor) -> Tensor:
 
 def _grad_relative_bias(core: Core, rows: Rows, band: Band) -> Tensor:
     batch, heads, num_queries, _ = core.query.shape
-    diagonals = max(num_queries + core.key.shape[2] - 1, 0)
-    grad = core.query.new_empty(heads, diagonals, dtype=torch.float32)
-    sizes = core.sizes(GRAD_RELATIVE_BIAS)
+    num_keys = core.key.shape[2]
+    grad = core.query.new_empty(heads, max(num_queries + num_keys - 1, 0), dtype=torch.float32)
+    widths = core.query.shape[3], core.value.shape[3]
+    sizes = choose(GRAD_RELATIVE_BIAS, core.query, *widths, plain=True)
+    block = sizes.rows
+    diagonals = triton.cdiv(num_queries, block) + triton.cdiv(num_keys, block) - 1
+    if grad.numel() == 0 or num_queries == 0 or num_keys == 0:
+        return grad.zero_()
+    parts = core.query.new_empty(heads, diagonals, block, block, dtype=torch.float32)
     launch(
-        triton_bias.grad_relative_bias_kernel, heads * triton.cdiv(diagonals, sizes.columns), sizes,
-        *core.operands(sizes.rows, sizes.rows + sizes.columns),
-        *rows.operands(sizes.rows, core.constants["BE"]), grad, batch, core.scoring, core.terms,
-        band, **core.constants, BM=sizes.rows, BO=sizes.columns,
+        triton_diagonals.grad_relative_bias_kernel, heads * diagonals, sizes,
+        *core.operands(block, block),
+        *rows.operands(block, core.constants["BE"]), parts, batch, core.scoring, core.terms, band,
+        **core.constants, BLOCK=block,
+    )  # fmt: skip
+    launch(
+        triton_diagonals.add_diagonals_kernel, heads * (diagonals + 1), Launch(block, block, 4, 1),
+        parts, grad, num_queries, num_keys, heads, BLOCK=block,
     )  # fmt: skip
     return grad
+
+
+def _shares_rows(inputs: Inputs, band: Band) -> int:
+    """Batches that share a row of bias, if the program that owns it can sum over them, else 0."""
+    batch, heads, num_queries, _ = inputs.query.shape
+    if (
+        inputs.bias is None
+        or band.start is not None
+        or not _direct(inputs, inputs.query, inputs.query_gain)
+    ):
+        return 0
+    widest = max(inputs.query.shape[3], inputs.value.shape[3])
+    if inputs.query.element_size() > 2 or widest > max(GRAD_QUERY_BIAS[2]):
+        return 0
+    if inputs.bias.shape[1:] != (heads, num_queries, inputs.key.shape[2]):
+        return 0
+    return 1 if inputs.bias.shape[0] == batch else 2 if batch == 2 else 0
+
+
+def _query_and_bias(
+    inputs: Inputs, core: Core, rows: Rows, band: Band, batches: int
+) -> dict[str, Tensor | None]:
+    """Gradients of query and bias."""
+    query, bias = inputs.query, inputs.bias
+    assert bias is not None
+    grad, grad_bias = _target(query, query.dtype), _target(bias, bias.dtype)
+    sizes = core.sizes(GRAD_QUERY_BIAS)
+    batch, heads, num_queries, _ = query.shape
+    width = core.constants["BD"]
+    launch(
+        triton_bias.grad_query_bias_kernel,
+        batch // batches * heads * triton.cdiv(num_queries, sizes.rows), sizes,
+        *core.operands(sizes.rows, sizes.columns),
+        *rows.operands(sizes.rows, core.constants["BE"]),
+        tiles(grad, sizes.rows, width), inputs.scale,
+        tiles(query, sizes.rows, width) if inputs.groups else None,
+        tiles(grad_bias, sizes.rows, sizes.columns), core.scoring, core.terms, band,
+        **core.constants, BM=sizes.rows, BN=sizes.columns, BATCHES=batches,
+    )  # fmt: skip
+    return {"query": grad, "bias": grad_bias}

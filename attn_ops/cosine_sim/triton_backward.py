@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attn_ops._triton.bias import add_pair_terms
+from attn_ops._triton.bias import add_pair_terms, load_bias_tile
 from attn_ops._triton.softmax import LOG2_E, probabilities
-from attn_ops._triton.tiles import load_per_row, load_rows, store_rows
+from attn_ops._triton.tiles import load_per_row, load_rows, owner, store_rows
 from attn_ops._triton.visibility import block_range, hide_outside, interval
 from attn_ops.cosine_sim.triton_normalize import through_norm
 
@@ -56,16 +56,19 @@ def load_row_statistics(
 
 @triton.jit
 def grad_of_scores(
-    rows, columns, grad_rows, grad_columns, lse, delta, scoring, terms, batch, head, queries, keys,
-    factor,
-    limit_columns, limits, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    rows, columns, grad_rows, grad_columns, lse, delta, bias, scoring, terms, batch, head,
+    queries, keys, factor, limit_columns, limits, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """weights and grad_score, [queries, keys] or [keys, queries], whichever the rows are.
 
     rows, columns: tiles of q̂ and k̂; grad_rows, grad_columns: of grad_out and value, in that order
-    where rows are queries. lse, delta, queries and keys have the shape that broadcasts.
+    where rows are queries; bias: its tile, or None. lse, delta,
+    queries and keys have the shape that
+    broadcasts.
     """
     score = tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * factor
+    if bias is not None:
+        score += bias.to(tl.float32)
     score = add_pair_terms(
         score, terms, batch, head, queries, keys, scoring.num_queries, scoring.num_keys
     )
@@ -77,9 +80,8 @@ def grad_of_scores(
 
 @triton.jit
 def _sweep_keys(
-    grad_q, q, do, key, value, row_lse, row_delta, scoring, terms, batch, head, queries, factor,
-    limits,
-    num_keys, begin, count, before, gap,
+    grad_q, q, do, key, value, bias, row_lse, row_delta, scoring, terms, batch, head, first_query,
+    queries, factor, limits, num_keys, begin, count, before, gap,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what `count` blocks of keys from `begin` on give to grad_q; see `_attend`."""
@@ -89,8 +91,11 @@ def _sweep_keys(
         keys = first_key + tl.arange(0, BN)[None, :]
         k = load_rows(key, batch, kv_head, first_key, num_keys, D, BN, q.shape[1])
         v = load_rows(value, batch, kv_head, first_key, num_keys, E, BN, do.shape[1])
+        tile = None
+        if bias is not None:
+            tile = load_bias_tile(bias, batch, head, first_query, first_key, scoring.num_queries)
         _, grad_score = grad_of_scores(
-            q, k, do, v, row_lse[:, None], row_delta[:, None], scoring, terms, batch, head,
+            q, k, do, v, row_lse[:, None], row_delta[:, None], tile, scoring, terms, batch, head,
             queries[:, None], keys, factor, keys, limits, BITS, PRECISION,
         )  # fmt: skip
         grad_q = tl.dot(grad_score.to(k.dtype), k, grad_q, input_precision=PRECISION)
@@ -99,7 +104,8 @@ def _sweep_keys(
 
 @triton.jit
 def grad_query_kernel(
-    query, key, value, grad_out, lse, delta, grad_query, grad_factor, source, scoring, terms, band,
+    query, key, value, bias, grad_out, lse, delta, grad_query, grad_factor, source, scoring, terms,
+    band,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,10 +115,8 @@ def grad_query_kernel(
     """
     num_queries, num_keys = scoring.num_queries, scoring.num_keys
     blocks = tl.cdiv(num_queries, BM)
-    program = tl.program_id(0)
-    block = blocks - 1 - program % blocks  # the longest rows of causal attention first
-    head = (program // blocks % scoring.num_heads).to(tl.int64)
-    batch = (program // blocks // scoring.num_heads).to(tl.int64)
+    block, head, batch = owner(blocks, scoring.num_heads, bias)
+    block = blocks - 1 - block  # the longest rows of causal attention first
     queries = block * BM + tl.arange(0, BM)
     first, past = interval(band, batch, queries, num_queries, num_keys)
     begin, full_begin, full_end, end = block_range(first, past, BN)
@@ -125,14 +129,15 @@ def grad_query_kernel(
     row_lse, row_delta = load_row_statistics(lse, delta, scoring, batch, head, block * BM, BM, BITS)
     grad_q = tl.zeros([BM, BD], tl.float32)
     grad_q = _sweep_keys(
-        grad_q, q, do, key, value, row_lse, row_delta, scoring, terms, batch, head, queries,
-        factor, None,
-        None, full_begin, full_end - full_begin, 0, 0, D, E, BN, BITS, PRECISION,
+        grad_q, q, do, key, value, bias, row_lse, row_delta, scoring, terms, batch, head,
+        block * BM, queries, factor, None, None, full_begin, full_end - full_begin, 0, 0, D, E, BN,
+        BITS, PRECISION,
     )  # fmt: skip
     left, right = full_begin - begin, end - full_end
     grad_q = _sweep_keys(
-        grad_q, q, do, key, value, row_lse, row_delta, scoring, terms, batch, head, queries, factor,
-        (first, past), num_keys, begin, left + right, left, full_end - full_begin,
+        grad_q, q, do, key, value, bias, row_lse, row_delta, scoring, terms, batch, head,
+        block * BM, queries, factor, (first, past), num_keys, begin, left + right, left,
+        full_end - full_begin,
         D, E, BN, BITS, PRECISION,
     )  # fmt: skip
     if source is not None:
@@ -143,9 +148,8 @@ def grad_query_kernel(
 
 @triton.jit
 def _sweep_queries(
-    grad_k, grad_v, k, v, query, grad_out, lse, delta, scoring, terms, batch, head, keys, factor,
-    share,
-    limits, num_queries, begin, count, before, gap,
+    grad_k, grad_v, k, v, query, bias, grad_out, lse, delta, scoring, terms, batch, head, first_key,
+    keys, factor, share, limits, num_queries, begin, count, before, gap,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what `count` blocks of queries from `begin` on give to grad_k and grad_v."""
@@ -157,8 +161,12 @@ def _sweep_queries(
         row_lse, row_delta = load_row_statistics(
             lse, delta, scoring, batch, head, first_query, BM, BITS
         )
+        tile = None
+        if bias is not None:
+            tile = load_bias_tile(bias, batch, head, first_query, first_key, scoring.num_queries)
+            tile = tl.trans(tile)
         weights, grad_score = grad_of_scores(
-            k, q, v, do, row_lse[None, :], row_delta[None, :], scoring, terms, batch, head,
+            k, q, v, do, row_lse[None, :], row_delta[None, :], tile, scoring, terms, batch, head,
             queries, keys[:, None], factor, queries, limits, BITS, PRECISION,
         )  # fmt: skip
         grad_v = tl.dot(weights.to(do.dtype), do, grad_v, input_precision=PRECISION)
@@ -170,8 +178,8 @@ def _sweep_queries(
 
 @triton.jit
 def grad_key_value_kernel(
-    query, key, value, grad_out, lse, delta, grad_key, grad_value, grad_factor, head_share, source,
-    scoring, terms, band,
+    query, key, value, bias, grad_out, lse, delta, grad_key, grad_value, grad_factor, head_share,
+    source, scoring, terms, band,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -183,11 +191,8 @@ def grad_key_value_kernel(
     """
     num_queries, num_keys = scoring.num_queries, scoring.num_keys
     blocks = tl.cdiv(num_keys, BN)
-    program = tl.program_id(0)
-    block = program % blocks  # in order: the first keys of causal attention have the most queries
-    kv_heads = scoring.num_heads // scoring.heads_per_group
-    kv_head = (program // blocks % kv_heads).to(tl.int64)
-    batch = (program // blocks // kv_heads).to(tl.int64)
+    # In order: the first keys of causal attention have the most queries.
+    block, kv_head, batch = owner(blocks, scoring.num_heads // scoring.heads_per_group, bias)
     keys = block * BN + tl.arange(0, BN)
     first, past = interval(band, batch, keys, num_keys, num_queries)
     begin, full_begin, full_end, end = block_range(first, past, BM)
@@ -205,15 +210,14 @@ def grad_key_value_kernel(
             factor *= tl.load(scoring.head_scale + head)
             share = tl.load(head_share + head)
         grad_k, grad_v = _sweep_queries(
-            grad_k, grad_v, k, v, query, grad_out, lse, delta, scoring, terms, batch, head, keys,
-            factor,
-            share, None, None, full_begin, full_end - full_begin, 0, 0,
+            grad_k, grad_v, k, v, query, bias, grad_out, lse, delta, scoring, terms, batch, head,
+            block * BN, keys, factor, share, None, None, full_begin, full_end - full_begin, 0, 0,
             D, E, BM, BITS, PRECISION,
         )  # fmt: skip
         grad_k, grad_v = _sweep_queries(
-            grad_k, grad_v, k, v, query, grad_out, lse, delta, scoring, terms, batch, head, keys,
-            factor,
-            share, (first, past), num_queries, begin, left + right, left, full_end - full_begin,
+            grad_k, grad_v, k, v, query, bias, grad_out, lse, delta, scoring, terms, batch, head,
+            block * BN, keys, factor, share, (first, past), num_queries, begin, left + right, left,
+            full_end - full_begin,
             D, E, BM, BITS, PRECISION,
         )  # fmt: skip
     if grad_key is not None:

@@ -13,9 +13,17 @@ import torch
 import triton
 from torch import Tensor
 
-from attn_ops._triton.bias import PairTerms, pair_terms
-from attn_ops._triton.descriptors import tiles
-from attn_ops._triton.launch import Launch, Table, choose, dot_precision, launch
+from attn_ops._triton import descriptors
+from attn_ops._triton.bias import PairTerms, expand_diagonals, pair_terms
+from attn_ops._triton.descriptors import describable, descriptor, square_descriptor, tiles
+from attn_ops._triton.launch import (
+    Launch,
+    Table,
+    choose,
+    dot_precision,
+    launch,
+    shared_memory,
+)
 from attn_ops._triton.softmax import LOG2_E
 from attn_ops._triton.tiles import padded, row_major, strided
 from attn_ops._triton.visibility import Band, keys_seen, queries_seeing
@@ -23,6 +31,9 @@ from attn_ops.cosine_sim import triton_normalize
 from attn_ops.masks import UNBOUNDED
 
 BITS_PER_NAT = LOG2_E.value
+SQUARE = 64  # rows and columns of tiles that share a diagonal of blocks
+FEWEST_ROWS = 512  # else few tiles share one of relative_bias
+MOST_BYTES = 256 << 20  # that relative_bias is expanded to
 
 
 class Inputs(NamedTuple):
@@ -78,21 +89,30 @@ class Core:
     key: Tensor
     value: Tensor
     scoring: Scoring
+    bias: Tensor | None  # if it comes in tiles: then the terms have none
     terms: PairTerms
     constants: dict[str, Any]
 
     def operands(self, queries: int, keys: int) -> tuple[Any, ...]:
-        """query, key and value in tiles of so many rows."""
+        """query, key and value in tiles of so many rows, and the bias if it comes in tiles."""
         width, value_width = self.constants["BD"], self.constants["BE"]
         return (
             tiles(self.query, queries, width),
             tiles(self.key, keys, width),
             tiles(self.value, keys, value_width),
+            self._tiles_of_bias(queries, keys),
         )
+
+    def _tiles_of_bias(self, queries: int, keys: int) -> Any:
+        if self.bias is None or self.bias.dim() == 4:
+            return None if self.bias is None else descriptor(self.bias, queries, keys)
+        assert queries == keys == SQUARE, (queries, keys)
+        return square_descriptor(self.bias)
 
     def sizes(self, table: Table) -> Launch:
         widths = self.query.shape[3], self.value.shape[3]
-        return choose(table, self.query, *widths, plain=self.terms.absent())
+        plain, biased = self.terms.absent(), self.bias is not None
+        return choose(table, self.query, *widths, plain=plain, biased=biased)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
@@ -132,12 +152,22 @@ def precision(inputs: Inputs) -> str:
     return "bf16x6" if split else chosen
 
 
-def prepare(inputs: Inputs, *, raw_query: bool = False) -> Core:
-    """Normalises queries, unless they are wanted raw, and keys, and describes the rest."""
+def prepare(inputs: Inputs, *, raw_query: bool = False, squares: bool = False) -> Core:
+    """Normalises queries, unless they are wanted raw, and keys, and describes the rest.
+
+    squares: every kernel takes tiles of SQUARE x SQUARE scores where a bias comes in tiles.
+    """
     batch, heads, num_queries, width = inputs.query.shape
     kv_heads, num_keys, value_width = inputs.value.shape[1:]
     pairs = (batch, heads, num_queries, num_keys)
-    terms = pair_terms(pairs, inputs.bias, inputs.mask, inputs.relative_bias)
+    bias, relative_bias, tiles_of_bias = inputs.bias, inputs.relative_bias, None
+    if bias is not None and _in_tiles(bias, inputs.query, num_keys):
+        tiles_of_bias, bias = bias, None
+    elif squares and _in_squares(inputs):
+        assert relative_bias is not None
+        tiles_of_bias = expand_diagonals(relative_bias, num_queries, num_keys, SQUARE)
+        relative_bias = None
+    terms = pair_terms(pairs, bias, inputs.mask, relative_bias)
     # Scores are in nats where there is a bias, in bits elsewhere: see _triton/softmax.py.
     bits = 1.0 if inputs.bias is None and inputs.relative_bias is None else BITS_PER_NAT
     factor = inputs.scale * (BITS_PER_NAT / bits)
@@ -151,7 +181,28 @@ def prepare(inputs: Inputs, *, raw_query: bool = False) -> Core:
     if not raw_query:
         query = unit(query, inputs.query_gain, inputs.groups)
     key = unit(inputs.key, inputs.key_gain, inputs.groups)
-    return Core(row_major(query), key, row_major(inputs.value), scoring, terms, constants)
+    return Core(
+        row_major(query), key, row_major(inputs.value), scoring, tiles_of_bias, terms, constants
+    )
+
+
+def _in_tiles(bias: Tensor, query: Tensor, num_keys: int) -> bool:
+    """Whether tiles of a bias are fetched by a descriptor; it may be broadcast over B and H."""
+    half = query.element_size() == 2 and bias.element_size() <= 4
+    whole = bias.shape[2:] == (query.shape[2], num_keys)
+    return half and whole and descriptors.has_descriptors(bias.device) and describable(bias)
+
+
+def _in_squares(inputs: Inputs) -> bool:
+    """Whether relative_bias is expanded to a tile for each diagonal of blocks."""
+    query, value, device = inputs.query, inputs.value, inputs.query.device
+    if inputs.relative_bias is None or inputs.bias is not None or inputs.mask is not None:
+        return False
+    lengths = query.shape[2], value.shape[2]
+    expanded = query.shape[1] * sum(lengths) * SQUARE * inputs.relative_bias.element_size()
+    narrow = query.element_size() == 2 and max(query.shape[3], value.shape[3]) <= 128
+    large = descriptors.has_descriptors(device) and shared_memory(device) >= 227 << 10
+    return narrow and large and min(lengths) >= FEWEST_ROWS and expanded <= MOST_BYTES
 
 
 def fixed_shift(inputs: Inputs) -> float | None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attn_ops._triton.bias import add_pair_terms
+from attn_ops._triton.bias import add_pair_terms, load_bias_tile
 from attn_ops._triton.softmax import log_add, log_sum, running_maximum_step
-from attn_ops._triton.tiles import load_rows, store_rows
+from attn_ops._triton.tiles import load_rows, owner, store_rows
 from attn_ops._triton.visibility import block_range, hide_outside, interval
 from attn_ops.cosine_sim.triton_normalize import unit_rows
 
 
 @triton.jit
 def _attend(
-    out, total, maximum, q, key, value, scoring, terms, batch, head, queries, factor, shift, limits,
-    num_keys, begin, count, before, gap,
+    out, total, maximum, q, key, value, bias, scoring, terms, batch, head, queries, first_query,
+    factor, shift, limits, num_keys, begin, count, before, gap,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -32,6 +32,9 @@ def _attend(
         keys = first_key + tl.arange(0, BN)
         k = load_rows(key, batch, kv_head, first_key, num_keys, D, BN, q.shape[1])
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        if bias is not None:
+            tile = load_bias_tile(bias, batch, head, first_query, first_key, scoring.num_queries)
+            score += tile.to(tl.float32)
         score = add_pair_terms(
             score, terms, batch, head, queries[:, None], keys[None, :],
             scoring.num_queries, scoring.num_keys,
@@ -51,7 +54,7 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, out, lse, sink, scoring, terms, band, shift,
+    query, key, value, bias, out, lse, sink, scoring, terms, band, shift,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -62,10 +65,8 @@ def forward_kernel(
     """
     num_queries, num_keys = scoring.num_queries, scoring.num_keys
     blocks = tl.cdiv(num_queries, BM)
-    program = tl.program_id(0)
-    block = blocks - 1 - program % blocks  # the longest rows of causal attention first
-    head = (program // blocks % scoring.num_heads).to(tl.int64)
-    batch = (program // blocks // scoring.num_heads).to(tl.int64)
+    block, head, batch = owner(blocks, scoring.num_heads, bias)
+    block = blocks - 1 - block  # the longest rows of causal attention first
     queries = block * BM + tl.arange(0, BM)
     first, past = interval(band, batch, queries, num_queries, num_keys)
     begin, full_begin, full_end, end = block_range(first, past, BN)
@@ -80,15 +81,15 @@ def forward_kernel(
     maximum = tl.full([BM], float("-inf"), tl.float32)
     accumulator = tl.zeros([BM, BE], tl.float32)
     accumulator, total, maximum = _attend(
-        accumulator, total, maximum, q, key, value, scoring, terms, batch, head, queries, factor,
-        shift,
+        accumulator, total, maximum, q, key, value, bias, scoring, terms, batch, head, queries,
+        block * BM, factor, shift,
         None, None, full_begin, full_end - full_begin, 0, 0,
         D, E, BN, BE, BITS, PRECISION,
     )  # fmt: skip
     left, right = full_begin - begin, end - full_end
     accumulator, total, maximum = _attend(
-        accumulator, total, maximum, q, key, value, scoring, terms, batch, head, queries, factor,
-        shift,
+        accumulator, total, maximum, q, key, value, bias, scoring, terms, batch, head, queries,
+        block * BM, factor, shift,
         (first, past), num_keys, begin, left + right, left, full_end - full_begin,
         D, E, BN, BE, BITS, PRECISION,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_ops._checks import compute_dtype
-from attn_ops._triton.bias import add_pair_terms, pair_terms
+from attn_ops._triton.bias import add_pair_terms, load_bias_tile, pair_terms
 from attn_ops._triton.descriptors import tiles
 from attn_ops._triton.launch import launch
 from attn_ops._triton.softmax import LOG2_E, probabilities
@@ -106,8 +106,9 @@ def _operands_dtype(dtype: torch.dtype) -> tuple[torch.dtype, str | None]:
 
 @triton.jit
 def _sweep_keys(
-    grown, total, moved, q, dq, key, value, tangent_key, tangent_value, row_lse, scoring, terms,
-    moves, batch, head, queries, scale, limits, num_keys, begin, count, before, gap,
+    grown, total, moved, q, dq, key, value, bias, tangent_key, tangent_value, row_lse, scoring,
+    terms, moves, batch, head, first_query, queries, scale, limits, num_keys, begin, count, before,
+    gap,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
     BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -120,6 +121,9 @@ def _sweep_keys(
         keys = first_key + tl.arange(0, BN)
         k = load_rows(key, batch, kv_head, first_key, num_keys, D, BN, q.shape[1])
         score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scoring.factor
+        if bias is not None:
+            tile = load_bias_tile(bias, batch, head, first_query, first_key, scoring.num_queries)
+            score += tile.to(tl.float32)
         score = add_pair_terms(
             score, terms, batch, head, queries[:, None], keys[None, :],
             scoring.num_queries, scoring.num_keys,
@@ -158,7 +162,8 @@ def _load_lse(lse, scoring, batch, head, first_query, BM: tl.constexpr):
 
 @triton.jit
 def jvp_kernel(
-    query, key, value, tangent_query, tangent_key, tangent_value, out, lse, sink, tangent_sink,
+    query, key, value, bias, tangent_query, tangent_key, tangent_value, out, lse, sink,
+    tangent_sink,
     tangent_out, tangent_lse, scoring, scale, terms, moves, band,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
@@ -184,14 +189,16 @@ def jvp_kernel(
     moved = tl.zeros([BM], tl.float32)
     grown = tl.zeros([BM, BE], tl.float32)
     grown, total, moved = _sweep_keys(
-        grown, total, moved, q, dq, key, value, tangent_key, tangent_value, row_lse, scoring, terms,
-        moves, batch, head, queries, scale, None, None, full_begin, full_end - full_begin, 0, 0,
+        grown, total, moved, q, dq, key, value, bias, tangent_key, tangent_value, row_lse, scoring,
+        terms, moves, batch, head, block * BM, queries, scale, None, None, full_begin,
+        full_end - full_begin, 0, 0,
         D, E, BN, BE, BITS, PRECISION,
     )  # fmt: skip
     left, right = full_begin - begin, end - full_end
     grown, total, moved = _sweep_keys(
-        grown, total, moved, q, dq, key, value, tangent_key, tangent_value, row_lse, scoring, terms,
-        moves, batch, head, queries, scale, (first, past), num_keys, begin, left + right, left,
+        grown, total, moved, q, dq, key, value, bias, tangent_key, tangent_value, row_lse, scoring,
+        terms, moves, batch, head, block * BM, queries, scale, (first, past), num_keys, begin,
+        left + right, left,
         full_end - full_begin, D, E, BN, BE, BITS, PRECISION,
     )  # fmt: skip
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from attn_ops._triton.launch import Launch, Table
 
 # rows, columns, warps, stages. First where a program may use 227 KB of shared memory and scores are
-# plain products; second, within 99 KB, elsewhere. Checked by tests/triton/test_compile.py.
+# plain products; second, within 99 KB, elsewhere; third as the first, with a bias that comes in
+# tiles, where the second does not serve it. Checked by tests/triton/test_compile.py.
 FORWARD: Table = {
     2: {
-        64: [Launch(64, 64, 4, 3, 128), Launch(64, 64, 4, 2)],
-        128: [Launch(64, 64, 4, 3), Launch(128, 32, 8, 2)],
+        64: [Launch(64, 64, 4, 3, 128), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2, 128)],
+        128: [Launch(64, 64, 4, 3), Launch(128, 32, 8, 2), Launch(64, 64, 4, 3)],
         256: [Launch(128, 32, 8, 3), Launch(64, 32, 8, 1)],
     },
     4: {
@@ -34,8 +35,8 @@ DECODE: Table = {
 # rows are queries
 GRAD_QUERY: Table = {
     2: {
-        64: [Launch(64, 64, 4, 2)] * 2,
-        128: [Launch(128, 64, 8, 3), Launch(64, 32, 4, 2)],
+        64: [Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 3)],
+        128: [Launch(128, 64, 8, 3), Launch(64, 32, 4, 2), Launch(64, 64, 4, 2)],
         256: [Launch(128, 32, 8, 1), Launch(32, 32, 4, 2)],
     },
     4: {
@@ -47,8 +48,8 @@ GRAD_QUERY: Table = {
 # rows are keys
 GRAD_KEY_VALUE: Table = {
     2: {
-        64: [Launch(64, 64, 4, 3, 168), Launch(128, 32, 8, 2)],
-        128: [Launch(64, 64, 4, 2), Launch(64, 32, 8, 2)],
+        64: [Launch(64, 64, 4, 3, 168), Launch(128, 32, 8, 2), Launch(64, 64, 4, 3)],
+        128: [Launch(64, 64, 4, 2), Launch(64, 32, 8, 2), Launch(64, 64, 4, 2)],
         256: [Launch(64, 32, 8, 3), Launch(32, 32, 8, 2)],
     },
     4: {
@@ -60,8 +61,8 @@ GRAD_KEY_VALUE: Table = {
 # rows are queries, columns keys
 GRAD_BIAS: Table = {
     2: {
-        64: [Launch(64, 32, 4, 1)] * 2,
-        128: [Launch(64, 32, 8, 1)] * 2,
+        64: [*[Launch(64, 32, 4, 1)] * 2, Launch(128, 64, 8, 2, 128)],
+        128: [*[Launch(64, 32, 8, 1)] * 2, Launch(128, 64, 8, 2)],
         256: [Launch(32, 16, 4, 1)] * 2,
     },
     4: {
@@ -70,12 +71,19 @@ GRAD_BIAS: Table = {
         256: [Launch(16, 16, 4, 1)] * 2,
     },
 }
-# rows are queries, columns as many diagonals
+# the same, of both batches where two share a bias
+GRAD_QUERY_BIAS: Table = {
+    2: {
+        64: [*[Launch(64, 32, 4, 2)] * 2, Launch(64, 64, 4, 2)],
+        128: [*[Launch(64, 32, 4, 1)] * 2, Launch(64, 32, 4, 2)],
+    },
+}
+# square; first where a program may use 227 KB, whatever the scores
 GRAD_RELATIVE_BIAS: Table = {
     2: {
-        64: [Launch(32, 32, 4, 1)] * 2,
-        128: [Launch(32, 32, 8, 1)] * 2,
-        256: [Launch(32, 32, 8, 1)] * 2,
+        64: [Launch(64, 64, 4, 2), Launch(64, 64, 4, 1)],
+        128: [Launch(64, 64, 8, 2), Launch(32, 32, 8, 1)],
+        256: [Launch(64, 64, 8, 1), Launch(32, 32, 8, 1)],
     },
     4: {
         64: [Launch(32, 32, 8, 1)] * 2,

@@ -52,6 +52,10 @@ DESCRIBED = {
     "grouped heads": ONE.but(heads=4, kv_heads=2, queries=70, keys=70, causal=True),
     "slices": ONE.but(queries=70, keys=40, options={"groups": 4}),
     "relative bias over blocks": LONG["relative bias over blocks"],
+    "bias": ONE.but(batch=2, heads=2, queries=72, keys=136, bias="1HMN"),
+    "causal bias": ONE.but(batch=2, heads=2, queries=80, keys=88, bias="1HMN", causal=True),
+    "bias of a head": ONE.but(batch=3, heads=2, kv_heads=1, queries=72, keys=40, bias="11MN"),
+    "bias of a batch": ONE.but(batch=2, queries=72, keys=40, bias="BHMN", relative_bias="H"),
     "few queries": ONE.but(heads=4, kv_heads=2, queries=3, keys=1100, causal=True),
 }
 # Few queries and many keys: spans of keys side by side, the last one short or partly hidden.
@@ -95,6 +99,20 @@ def test_tiles_by_descriptors_agree_with_the_formula(
 
     monkeypatch.setattr(descriptors, "has_descriptors", lambda device: True)
     assert_agrees(SPEC, DESCRIBED[name], torch.float16, device)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_tiles_of_diagonals_agree_with_the_formula(
+    causal: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper relative_bias comes as the tiles that blocks of scores on a diagonal share."""
+    from attn_ops._triton import descriptors
+    from attn_ops.cosine_sim import triton_core
+
+    monkeypatch.setattr(descriptors, "has_descriptors", lambda device: True)
+    monkeypatch.setattr(triton_core, "FEWEST_ROWS", 1)
+    case = ONE.but(batch=2, heads=2, queries=130, keys=200, relative_bias="H", causal=causal)
+    assert_agrees(SPEC, case, torch.float16, device)
 
 
 @pytest.mark.parametrize("name", DECODE)

@@ -219,8 +219,45 @@ def test_kernels_of_cosine_sim_fit(
     launch_cosine_sim(dtype, width, with_terms)
     names = {name for name, _ in compiled}
     # One norm over the whole row is part of the core.
-    assert len(names) == (8 if with_terms else 5), names
+    assert len(names) == (9 if with_terms else 5), names
     check(compiled, capability, stack)
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "batches"),
+    [(90, 64, 1), (90, 64, 2), (90, 128, 2), (90, 128, 3), (80, 128, 2), (89, 64, 2)],
+)
+def test_kernels_of_a_bias_in_tiles_fit(
+    compiled: list[tuple[str, Any]], capability: int, width: int, batches: int
+) -> None:
+    """Two batches that share a bias are summed with the gradient of queries, more by themselves.
+
+    relative_bias alone comes in tiles too.
+    """
+    heads, length = 2, 1024
+    query = empty(batches, heads, length, width, dtype=torch.bfloat16)
+    bias = empty(1, heads, length, length, dtype=torch.bfloat16)
+    options = (masks.UNBOUNDED, masks.UNBOUNDED, 8.0, 1)
+    kernels = _library.triton_room("cosine_sim")
+    arguments = (query, query, query, None, bias, *[None] * 7)
+    out, lse = kernels.forward(*arguments, *options)
+    wanted = [True] * 4 + [False] * 5
+    kernels.backward(out, None, *arguments, out, lse, *options, wanted)
+    of_bias = ["grad_query_bias_kernel", "grad_key_value_kernel"]
+    if batches == 3:
+        of_bias = ["grad_query_kernel", "grad_key_value_kernel", "grad_bias_kernel"]
+    assert [name for name, _ in compiled][-len(of_bias) :] == of_bias
+    check(compiled, capability)
+
+    del compiled[:]
+    relative_bias = empty(heads, 2 * length - 1, dtype=torch.float32)
+    arguments = (query, query, query, None, None, relative_bias, *[None] * 6)
+    out, lse = kernels.forward(*arguments, *options)
+    wanted = [True] * 3 + [False, True] + [False] * 4
+    kernels.backward(out, None, *arguments, out, lse, *options, wanted)
+    expanded = [name for name, _ in compiled].count("expand_diagonals_kernel")
+    assert expanded == (2 if capability == 90 else 0)
+    check(compiled, capability)
 
 
 @pytest.mark.parametrize(
