@@ -19,6 +19,11 @@ inline int64_t query_block_size(const AttentionProblem& p) {
   return size;
 }
 
+// Rows that a block of queries has at most, the padding of its last tile included.
+inline int64_t query_block_rows(const AttentionProblem& p) {
+  return round_up(std::min<int64_t>(kQueryBlock, p.M), kTileRows);
+}
+
 // Queries [first, first + rows) of one head. Rows are processed kTileRows at a time; the last ones
 // of the last tile may be padding, which repeats the interval of the last query.
 struct QueryBlock {

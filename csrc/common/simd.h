@@ -95,24 +95,30 @@ ATTN_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// By halves: short chains of additions.
+template <int Down, class T, int... Lane>
+ATTN_INLINE Vec<T> rotated(Vec<T> v, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(v, v, ((Lane + Down) % Simd<T>::lanes)...);
+}
+
+// By halves of whole vectors: few operations, one after the other.
+template <class T, int Half = Simd<T>::lanes / 2, class Combine>
+ATTN_INLINE T reduced(Vec<T> v, const Combine& combine) {
+  if constexpr (Half == 0) {
+    return v[0];
+  } else {
+    v = combine(v, rotated<Half, T>(v, std::make_integer_sequence<int, Simd<T>::lanes>()));
+    return reduced<T, Half / 2>(v, combine);
+  }
+}
+
 template <class T>
 ATTN_INLINE T horizontal_sum(Vec<T> v) {
-  T lanes[Simd<T>::lanes];
-  store<T>(lanes, v);
-#pragma GCC unroll 4
-  for (int half = Simd<T>::lanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  return reduced<T>(v, [](Vec<T> a, Vec<T> b) ATTN_INLINE_LAMBDA { return a + b; });
 }
 
 template <class T>
 ATTN_INLINE T horizontal_max(Vec<T> v) {
-  T best = v[0];
-  for (int i = 1; i < Simd<T>::lanes; ++i) best = best > v[i] ? best : v[i];
-  return best;
+  return reduced<T>(v, [](Vec<T> a, Vec<T> b) ATTN_INLINE_LAMBDA { return maximum<T>(a, b); });
 }
 
 template <class T>

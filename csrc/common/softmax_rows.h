@@ -11,16 +11,17 @@ class SoftmaxRows {
       : attention_(p),
         score_parameters_(parameters),
         out_panels_(round_up(p.E, kPanel<T>) / kPanel<T>),
-        weights_(kQueryBlock * kRowPitch),
-        out_(kQueryBlock * round_up(p.E, kPanel<T>)),
-        sums_(kQueryBlock * Simd<T>::lanes),
+        weights_(query_block_rows(p) * kRowPitch),
+        out_(query_block_rows(p) * round_up(p.E, kPanel<T>)),
+        sums_(query_block_rows(p) * Simd<T>::lanes),
         row_(kRowPitch) {}
 
  protected:
   void clear_rows(const QueryBlock& q) {
-    std::fill(out_.get(), out_.get() + q.tiles * out_panels_ * kTileSize<T>, T(0));
-    std::fill(sums_.get(), sums_.get() + kQueryBlock * Simd<T>::lanes, T(0));
-    std::fill(row_max_, row_max_ + kQueryBlock, -std::numeric_limits<T>::infinity());
+    const int64_t rows = q.tiles * kTileRows;
+    std::fill_n(out_.get(), q.tiles * out_panels_ * kTileSize<T>, T(0));
+    std::fill_n(sums_.get(), rows * Simd<T>::lanes, T(0));
+    std::fill_n(row_max_, rows, -std::numeric_limits<T>::infinity());
   }
 
   // Scores of the block to weights relative to the running maximum of their row.

@@ -23,7 +23,7 @@ class Forward : SoftmaxRows<T> {
         p_(p),
         parameters_(parameters),
         keys_(keys),
-        query_(kQueryBlock * kRowPitch) {}
+        query_(query_block_rows(p) * kRowPitch) {}
 
   void run(const QueryBlock& q) {
     load_queries(q);

@@ -42,7 +42,7 @@ class Forward : SoftmaxRows<T> {
         p_(p),
         score_(p),
         keys_(keys),
-        query_(kQueryBlock * kRowPitch) {}
+        query_(query_block_rows(p) * kRowPitch) {}
 
   void run(const QueryBlock& q) {
     load_queries(query_.get(), p_, q);

@@ -32,12 +32,18 @@ void clear_rows(T* rows, int64_t begin, int64_t end) {
   std::fill(rows + begin * kRowPitch, rows + end * kRowPitch, T(0));
 }
 
+// Columns that are loaded of rows of so many elements: zeros behind them.
+template <class T>
+int64_t loaded_width(int64_t width) {
+  return round_up(width, kPanel<T>) + kTileRows;
+}
+
 template <class Stored, class T>
 ATTN_INLINE void load_stored_rows(T* rows, const Stored* source, int64_t row_stride, int64_t stride,
                                   int64_t count, int64_t width) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t whole = stride == 1 ? width / lanes * lanes : 0;
-  const int64_t end = round_up(width, kPanel<T>) + kTileRows;
+  const int64_t end = loaded_width<T>(width);
   for (int64_t r = 0; r < count; ++r, rows += kRowPitch, source += row_stride) {
     for (int64_t d = 0; d < whole; d += lanes) {
       for (int i = 0; i < lanes; ++i) rows[d + i] = widen(source[d + i]);
@@ -69,7 +75,9 @@ void load_rows(T* rows, const View& v, int64_t batch, int64_t head, int64_t firs
   with_stored_rows<T>(v, batch, head, first, [&](auto* source) ATTN_INLINE_LAMBDA {
     load_stored_rows(rows, source, v.stride[2], v.stride[3], count, width);
   });
-  clear_rows(rows, count, padded_rows<T>(count));
+  for (int64_t r = count; r < padded_rows<T>(count); ++r) {
+    std::fill_n(rows + r * kRowPitch, loaded_width<T>(width), T(0));
+  }
 }
 
 // Brings the rows that the next chunk reads and writes into the cache, a few cache lines with every
