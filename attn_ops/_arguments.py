@@ -171,23 +171,25 @@ def fold_tensors(
     op: str, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value as rank 4, checked."""
-    if not _are_as_usual(query, key, value):
+    if not are_as_usual(query, key, value):
         query, key, value = fold_layout(op, query, key, value)
         check_sizes(op, query, key, value)
     return query, key, value
 
 
-def _are_as_usual(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def are_as_usual(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """True only of tensors of rank 4 that pass all checks; other tensors may pass them too.
 
     One expression takes half of the time of the checks, which are worded.
     """
-    if not query.dim() == key.dim() == value.dim() == 4:
-        return False
     if query.is_nested or key.is_nested or value.is_nested:
         return False
-    (batch, heads, _, width), (kv_batch, kv_heads, length, kv_width) = query.shape, key.shape
-    value_batch, value_heads, value_length, value_width = value.shape
+    sizes, kv_sizes, value_sizes = query.shape, key.shape, value.shape
+    if not len(sizes) == len(kv_sizes) == len(value_sizes) == 4:
+        return False
+    batch, heads, _, width = sizes
+    kv_batch, kv_heads, length, kv_width = kv_sizes
+    value_batch, value_heads, value_length, value_width = value_sizes
     return (
         query.layout == key.layout == value.layout == torch.strided
         and query.dtype == key.dtype == value.dtype

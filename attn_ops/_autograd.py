@@ -10,6 +10,7 @@ raises instead of returning zeros.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ unavailable: str | None = None
 try:
     from torch._C import (  # type: ignore[attr-defined]
         DispatchKey,
+        DispatchKeySet,
         _after_autograd_keyset,
         _any_requires_grad,
         _are_functorch_transforms_active,
@@ -30,6 +32,7 @@ try:
         _dispatch_tls_is_dispatch_key_excluded,
         _dispatch_tls_is_dispatch_key_included,
         _get_tracing_state,
+        _is_any_autocast_enabled,
         _len_torch_dispatch_stack,
         _set_fwd_grad_enabled,
         _set_grad_enabled,
@@ -144,14 +147,54 @@ def _function(overload: Any, setup: Setup, backward: Formula, tangents: Formula 
             with torch.autocast(args[0].device.type, enabled=False):
                 return tangents(output, *args)
 
-    body = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads))),
-        "jvp": staticmethod(jvp),
+    return _node(overload._opname, backward, forward=forward, jvp=jvp)
+
+
+def _node(op: str, backward: Formula, **methods: Formula) -> Any:
+    """A function of the graph, whose first argument has no gradient."""
+    methods |= {
+        "backward": lambda ctx, *grads: (None, *backward(ctx, *grads)),
         # As `autograd.Function` has it: compiled autograd asks which function a node is of.
-        "_compiled_autograd_key": staticmethod(lambda ctx: (ctx._autograd_function_id,)),
+        "_compiled_autograd_key": lambda ctx: (ctx._autograd_function_id,),
     }
-    return type(overload._opname.strip("_"), (_SingleLevelFunction,), body)
+    body = {name: staticmethod(method) for name, method in methods.items()}
+    return type(op.strip("_"), (_SingleLevelFunction,), body)
+
+
+def plain(op: str, on_cpu: Formula, elsewhere: Formula, backward: Formula) -> Formula:
+    """What makes plain calls (see _plain.py) of `attn::op`: call(query, key, value, options).
+
+    on_cpu, elsewhere: what computes, (query, key, value, *options) -> both results.
+    """
+
+    def forward(
+        ctx: Any, options: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor
+    ) -> Any:
+        kernel = on_cpu if query.is_cpu else elsewhere
+        results = kernel(query, key, value, *options)
+        ctx.save_for_backward(query, key, value, *results)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return results
+
+    node: Any = None if unavailable is not None else _node(op, backward, forward=forward)
+
+    def call(query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...]) -> Any:
+        recorded = query.requires_grad or key.requires_grad or value.requires_grad
+        if recorded and torch.is_grad_enabled():
+            return node.apply(options, query, key, value)
+        kernel = on_cpu if query.is_cpu else elsewhere
+        return kernel(query, key, value, *options)
+
+    return call
+
+
+def cpu_kernel(op: str) -> Formula:
+    """The kernel of `attn::op` for the CPU, past the dispatcher."""
+    overload = getattr(torch.ops.attn, op).default
+    if unavailable is not None:
+        return overload
+    return partial(overload._handle.redispatch_boxed, DispatchKeySet(DispatchKey.CPU))
 
 
 def composite(op: str, function: Formula) -> Formula:
@@ -195,8 +238,20 @@ def _nothing_is_in_between() -> bool:
 
 
 def _records_nothing_else() -> bool:
-    """Whether of all kinds of derivatives a backward alone is recorded."""
-    return forward_ad._current_level < 0 and not _dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+    """Whether of all kinds of derivatives a backward alone is recorded, if any."""
+    below = torch.is_grad_enabled() and _dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD)
+    return forward_ad._current_level < 0 and not below
+
+
+def nothing_looks_on() -> bool:
+    """Whether nobody but autograd could tell a call of an op from one of its kernel."""
+    return (
+        unavailable is None
+        and _nothing_is_in_between()
+        and _records_nothing_else()
+        and not _is_any_autocast_enabled()
+        and not _profiler_enabled()
+    )
 
 
 def _in_forward_mode() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -114,10 +115,9 @@ def load_cuda_library() -> str | None:
     return None
 
 
+@functools.cache
 def triton_room(room: str, module: str = "triton") -> Any:
     """The Triton kernels of a room, imported at the first CUDA launch."""
-    import importlib
-
     try:
         return importlib.import_module(f"attn_ops.{room}.{module}")
     except ModuleNotFoundError as error:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_ops import _autograd, _library, _vmap
+from attn_ops import _autograd, _library, _plain, _vmap
 from attn_ops._checks import compute_dtype
 from attn_ops._forward_mode import PLACES, ForwardMode
 from attn_ops._in_blocks import InBlocks
@@ -74,22 +74,25 @@ class PrivateOps:
         self, ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
-        grads: list[Tensor | None] = [None] * (len(tensors) + len(ctx.options))
+        given = len(tensors)  # three of a plain call
+        needed = _autograd.needed(ctx)
+        grads: list[Tensor | None] = [None] * len(needed)
         if grad_out is None and grad_lse is None:
             return tuple(grads)
-        needed = _autograd.needed(ctx)
-        output_mask = [needed[i] for i in self.differentiable]
+        output_mask = [i < given and needed[i] for i in self.differentiable]
         results = self.call_backward(
             torch.zeros_like(out) if grad_out is None else grad_out,
             grad_lse,
             *tensors,
+            *[None] * (len(self.tensors) - given),
             out,
             lse,
             *ctx.options,
             output_mask,
         )
         for i, result, need in zip(self.differentiable, results, output_mask, strict=True):
-            grads[i] = result if need else None
+            if need:
+                grads[i] = result
         return tuple(grads)
 
     def backward_backward(self, ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
@@ -128,10 +131,10 @@ def register(
     forward_cuda: Kernel,
     backward_cuda: Kernel,
     jvp_cuda: Kernel | None = None,
-) -> Kernel:
+) -> tuple[Kernel, Kernel]:
     """Everything about the private ops of `room` but their kernels for the CPU.
 
-    Returns what calls the private forward.
+    Returns what calls the private forward, and what calls it for plain calls.
     """
     ops = PrivateOps(room, blocks, forward_mode)
     _library.fake(ops.forward)(ops.fake_forward)
@@ -159,18 +162,22 @@ def register(
     )
     ops.batch()
     implement(ops.jvp, forward_mode.in_blocks, jvp_cuda)
-    implement(ops.forward, blocks.forward, forward_cuda)
+    on_cuda = implement(ops.forward, blocks.forward, forward_cuda)
     implement(ops.backward, blocks.backward, backward_cuda)
-    return call_forward
+    return call_forward, _plain.forward(room, len(ops.tensors), on_cuda, ops.forward_backward)
 
 
-def implement(op: str, blocks: Kernel, cuda: Kernel | None) -> None:
-    """`blocks` serves wherever there is no kernel; on CUDA `cuda` does, but not in float64."""
+def implement(op: str, blocks: Kernel, cuda: Kernel | None) -> Kernel:
+    """`blocks` serves wherever there is no kernel; on CUDA `cuda` does, but not in float64.
+
+    Returns what serves on CUDA.
+    """
     _library.implement(op, blocks, "CompositeExplicitAutograd")
     if cuda is None:
-        return
+        return blocks
 
     def on_cuda(first: Tensor, *args: Any) -> Any:
         return (blocks if first.dtype == torch.float64 else cuda)(first, *args)
 
     _library.implement(op, on_cuda, "CUDA")
+    return on_cuda

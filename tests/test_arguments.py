@@ -35,7 +35,7 @@ def test_tensors_as_usual_pass_every_check() -> None:
     several = list(tensors())
     usual = 0
     for query, key, value in itertools.product(several, repeat=3):
-        if not _arguments._are_as_usual(query, key, value):
+        if not _arguments.are_as_usual(query, key, value):
             continue
         usual += 1
         folded = _arguments.fold_layout("op", query, key, value)
@@ -47,7 +47,7 @@ def test_tensors_as_usual_pass_every_check() -> None:
 def test_of_rank_4_only_tensors_as_usual_pass() -> None:
     of_rank_4 = [x for x in tensors() if not x.is_nested and x.dim() == 4]
     for query, key, value in itertools.product(of_rank_4, repeat=3):
-        if _arguments._are_as_usual(query, key, value):
+        if _arguments.are_as_usual(query, key, value):
             continue
         with pytest.raises((ValueError, TypeError, NotImplementedError), match="^op: "):
             _arguments.fold_layout("op", query, key, value)

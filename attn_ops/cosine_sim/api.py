@@ -16,6 +16,7 @@ from attn_ops._checks import (
     check_rank,
     check_shape,
 )
+from attn_ops._plain import is_plain
 from attn_ops.cosine_sim import ops
 
 
@@ -143,6 +144,17 @@ def cosine_sim_attention(
     Source: Henry et al., Query-Key Normalization for Transformers, 2020; Liu et al., Swin
     Transformer V2, 2022 (learned temperature per head).
     """
+    if (
+        mask is bias is relative_bias is window is cu_seqlens_q is cu_seqlens_k is sink is None
+        and head_scale is query_gain is key_gain is None
+        and type(causal) is bool
+        and normalize is True
+        and type(groups) is int
+        and (scale is None or type(scale) is float)
+        and is_plain(query, key, value)
+    ):
+        out, lse = ops.plain(query, key, value, causal, 8.0 if scale is None else scale, groups)
+        return (out, lse) if return_lse else out
     op = "cosine_sim_attention"
     options = check_types(
         op,

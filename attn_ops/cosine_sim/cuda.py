@@ -68,11 +68,13 @@ def serves(inputs: Inputs, shift: float | None) -> bool:
 
 def _has_whole_rows(x: Tensor) -> bool:
     """Whether the copy engine takes x: rows of neighbours, at multiples of 16 bytes."""
-    *strides, last = x.stride()
+    batch, head, row, last = strides = x.stride()
     if last != 1 or x.data_ptr() % 16 != 0:
         return False
-    # A dimension that is expanded has stride 0.
-    pairs = zip(x.shape, strides)
+    if (batch | head | row) % 8 == 0 and min(strides) > 0:
+        return True
+    # A dimension that is expanded has stride 0; that of one element means nothing.
+    pairs = zip(x.shape[:3], strides)
     return all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in pairs)
 
 

@@ -27,6 +27,7 @@ from attn_ops._checks import (
 )
 from attn_ops.cosine_sim.in_blocks import ATTENTION, FORWARD_MODE, unit_tangents
 from attn_ops.cosine_sim.normalize import unit_slices
+from attn_ops.masks import UNBOUNDED
 
 _library.define("cosine_sim")
 
@@ -79,6 +80,16 @@ def _attention(
         groups if normalize else 0,
     )
     return args.unfold(out), args.unfold(lse)
+
+
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, groups: int
+) -> tuple[Tensor, Tensor]:
+    """out and lse of a plain call (_plain.py)."""
+    check_scale("cosine_sim", scale, query)
+    if groups != 1:
+        _check_groups("cosine_sim", groups, query.shape[3])
+    return _plain(query, key, value, (UNBOUNDED, 0 if causal else UNBOUNDED, scale, groups))
 
 
 def _fold_gain(op: str, name: str, gain: Tensor | None, x: Tensor, letter: str) -> Tensor | None:
@@ -154,6 +165,6 @@ _autograd.differentiable(
 )
 _vmap.register("_cosine_sim_unit_jvp", [_vmap.BATCH_HEADS] * 2, [_vmap.BATCH_HEADS] * 2)
 _softmax_ops.implement("_cosine_sim_unit_jvp", unit_tangents, _unit_jvp_cuda)
-_forward = _softmax_ops.register(
+_forward, _plain = _softmax_ops.register(
     "cosine_sim", ATTENTION, FORWARD_MODE, _forward_cuda, _backward_cuda, _jvp_cuda
 )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attn_ops._arguments import check_types
 from attn_ops._checks import check_number, check_tensor, check_text
+from attn_ops._plain import is_plain
 from attn_ops.l1 import ops
 
 
@@ -123,6 +124,17 @@ def l1_attention(
 
     Source: the Laplace attention of Kim et al., Attentive Neural Processes, 2019.
     """
+    if (
+        mask is bias is relative_bias is window is cu_seqlens_q is cu_seqlens_k is sink is None
+        and type(causal) is bool
+        and (scale is None or type(scale) is float)
+        and type(score) is str
+        and score == "negative"
+        and eps is None
+        and is_plain(query, key, value)
+    ):
+        out, lse = ops.plain(query, key, value, causal, scale)
+        return (out, lse) if return_lse else out
     op = "l1_attention"
     options = check_types(
         op,

@@ -20,6 +20,7 @@ from attn_ops import _autograd, _library, _softmax_ops, _vmap
 from attn_ops._arguments import autocast, check_scale, fold, fold_tensors
 from attn_ops._checks import compute_dtype, fail
 from attn_ops.l1 import cuda, in_blocks
+from attn_ops.masks import UNBOUNDED
 
 _library.define("l1")
 
@@ -54,6 +55,14 @@ def _attention(
         *_fold_score(op, args.query, scale, score, eps, compute_dtype(args.query.dtype)),
     )
     return args.unfold(out), args.unfold(lse)
+
+
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """out and lse of a plain call (_plain.py)."""
+    options = _fold_score("l1", query, scale, "negative", 1e-3, query.dtype)
+    return _plain(query, key, value, (UNBOUNDED, 0 if causal else UNBOUNDED, *options))
 
 
 def _fold_score(
@@ -168,7 +177,7 @@ _vmap.register("_l1_scores_bwd", [_vmap.BATCH_HEADS] * 3, [_vmap.BATCH_HEADS] * 
 
 # --- kernels
 
-_forward = _softmax_ops.register(
+_forward, _plain = _softmax_ops.register(
     "l1",
     in_blocks.ATTENTION,
     in_blocks.FORWARD_MODE,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attn_ops._arguments import check_types
 from attn_ops._checks import check_bool, check_number, check_tensor, check_text
+from attn_ops._plain import is_plain
 from attn_ops.linear import ops
 
 
@@ -68,6 +69,15 @@ def linear_attention(
     Source: Katharopoulos et al., Transformers are RNNs, 2020; with a decay: Sun et al., Retentive
     Network, 2023, and Qin et al., Lightning Attention-2, 2024.
     """
+    if (
+        mask is decay is cu_seqlens is None
+        and type(causal) is bool
+        and normalize is True
+        and (eps is None or type(eps) is float)
+        and type(feature_map) is str
+        and is_plain(query, key, value)
+    ):
+        return ops.plain(query, key, value, causal, 1e-5 if eps is None else eps, feature_map)
     op = "linear_attention"
     options = _options(op, normalize, eps, feature_map)
     tensors = {"mask": mask, "decay": decay, "cu_seqlens": cu_seqlens}

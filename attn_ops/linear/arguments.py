@@ -31,9 +31,14 @@ def fold_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of rank 4, in the autocast dtype."""
     query, key, value = fold_tensors(op, *autocast(query, key, value))
+    check_causal(op, query, key, causal)
+    return query, key, value
+
+
+def check_causal(op: str, query: Tensor, key: Tensor, causal: bool) -> None:
+    """Causal attention is among one sequence's tokens."""
     if causal and query.shape[2] != key.shape[2]:
         raise fail(op, "key", "have as many tokens as query in causal attention", shape(key))
-    return query, key, value
 
 
 def fold_mask(op: str, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_ops import _autograd, _library, _vmap
+from attn_ops import _autograd, _library, _plain, _vmap
 from attn_ops._checks import compute_dtype, fail, shape
 from attn_ops.linear import in_blocks
 from attn_ops.linear.arguments import (
+    check_causal,
     check_feature_map,
     fold_decay,
     fold_eps,
@@ -69,6 +70,17 @@ def _linear(
         check_feature_map(op, feature_map),
     )
     return out.squeeze(1) if merged else out
+
+
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, eps: float, feature_map: str
+) -> Tensor:
+    """A plain call (_plain.py)."""
+    op = "linear"
+    check_causal(op, query, key, causal)
+    options = causal, fold_eps(op, eps, True), check_feature_map(op, feature_map)
+    out, _ = _plain_forward(query, key, value, options)
+    return out
 
 
 def _linear_with_state(
@@ -212,11 +224,14 @@ def _forward_backward(
     ctx: Any,
     grad_out: Tensor | None,
     grad_denominator: Tensor | None,
-    grad_final_state: Tensor | None,
-    grad_final_key_sum: Tensor | None,
+    grad_final_state: Tensor | None = None,
+    grad_final_key_sum: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     *tensors, out, denominator = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * (_NUM_TENSORS + len(ctx.options))
+    given = len(tensors)  # three of a plain call
+    tensors += [None] * (_NUM_TENSORS - given)
+    needed = _autograd.needed(ctx)
+    grads: list[Tensor | None] = [None] * len(needed)
     results_grads = (grad_out, grad_final_state, grad_final_key_sum)
     if all(grad is None for grad in results_grads):
         return tuple(grads)
@@ -224,13 +239,13 @@ def _forward_backward(
     if grad_out is None:
         grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
     cotangents = (grad_out, grad_final_state, grad_final_key_sum)
-    needed = _autograd.needed(ctx)
-    output_mask = [needed[i] for i in _DIFFERENTIABLE]
+    output_mask = [i < given and needed[i] for i in _DIFFERENTIABLE]
     if any(output_mask):
         results = _backward(*cotangents, *tensors, out, denominator, *ctx.options, output_mask)
         for i, result, need in zip(_DIFFERENTIABLE, results, output_mask, strict=True):
-            grads[i] = result if need else None
-    if needed[_DECAY]:
+            if need:
+                grads[i] = result
+    if _DECAY < given and needed[_DECAY]:
         grads[_DECAY] = _grad_decay(*cotangents, *tensors, *ctx.options[1:])
     return tuple(grads)
 
@@ -322,6 +337,7 @@ for _op, _blocks, _cuda in (
 ):
     _library.implement(_op, _blocks, "CompositeExplicitAutograd")
     _library.implement(_op, _cuda, "CUDA")
+_plain_forward = _plain.forward("linear", _NUM_TENSORS, _forward_cuda, _forward_backward)
 _library.implement("_linear_grad_decay", in_blocks.grad_decay, "CompositeExplicitAutograd")
 # A step has no gradient: nothing is recorded, and its result requires none.
 _library.implement("_linear_step", torch.library.fallthrough_kernel, "Autograd")

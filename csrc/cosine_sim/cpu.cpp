@@ -73,6 +73,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   return {out, lse};
 }
 
+// The forward without its optional tensors: five arguments in place of 14.
+std::tuple<Tensor, Tensor> plain(const Tensor& query, const Tensor& key, const Tensor& value,
+                                 int64_t left, int64_t right, double scale, int64_t groups) {
+  const OptionalTensor none;
+  return forward(query, key, value, none, none, none, none, none, none, none, none, none, left,
+                 right, scale, groups);
+}
+
 using Nine = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Nine backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
@@ -115,8 +123,14 @@ Nine backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tens
   return result;
 }
 
+STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
+  m.def(
+      "_cosine_sim_plain(Tensor query, Tensor key, Tensor value, int left, int right, float scale, "
+      "int groups) -> (Tensor out, Tensor lse)");
+}
 STABLE_TORCH_LIBRARY_IMPL(attn, CPU, m) {
   m.impl("_cosine_sim_fwd", TORCH_BOX(&forward));
+  m.impl("_cosine_sim_plain", TORCH_BOX(&plain));
   m.impl("_cosine_sim_bwd", TORCH_BOX(&backward));
 }
 

@@ -50,6 +50,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   return {out, lse};
 }
 
+// The forward without its optional tensors.
+std::tuple<Tensor, Tensor> plain(const Tensor& query, const Tensor& key, const Tensor& value,
+                                 int64_t left, int64_t right, double scale,
+                                 std::optional<double> eps) {
+  const OptionalTensor none;
+  return forward(query, key, value, none, none, none, none, none, none, left, right, scale, eps);
+}
+
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Six backward(const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query,
@@ -124,7 +132,13 @@ std::tuple<Tensor, Tensor> scores_backward(const Tensor& grad, const Tensor& que
   return result;
 }
 
+STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
+  m.def(
+      "_l1_plain(Tensor query, Tensor key, Tensor value, int left, int right, float scale, float? "
+      "eps) -> (Tensor out, Tensor lse)");
+}
 STABLE_TORCH_LIBRARY_IMPL(attn, CPU, m) {
+  m.impl("_l1_plain", TORCH_BOX(&plain));
   m.impl("_l1_fwd", TORCH_BOX(&forward));
   m.impl("_l1_bwd", TORCH_BOX(&backward));
   m.impl("_l1_scores_fwd", TORCH_BOX(&scores_forward));

@@ -131,6 +131,14 @@ void run_backward(const Problem& p, const Gradients& grads) {
   (is_double ? kernels().backward_double : kernels().backward_float)(p, grads);
 }
 
+void new_outputs(const Tensor& query, Problem& p, Tensor& out, Tensor& denominator) {
+  const ScalarType sums = compute_dtype(query.scalar_type());
+  out = allocate(query, {p.B, p.H, p.M, p.E});
+  denominator = p.normalized ? allocate(query, {p.B, p.H, p.M}, sums) : allocate(query, {0}, sums);
+  p.out = view(out);
+  if (p.normalized) p.denominator = view(denominator);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
     const OptionalTensor& decay, const OptionalTensor& state, const OptionalTensor& key_sum,
@@ -138,23 +146,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     std::string feature_map) {
   Problem p = make_problem(
       {query, key, value, mask, decay, state, key_sum, offsets, causal, eps, feature_map});
-  const ScalarType dtype = query.scalar_type();
-  const ScalarType sums = compute_dtype(dtype);
-  Tensor out = allocate(query, {p.B, p.H, p.M, p.E});
-  Tensor denominator =
-      p.normalized ? allocate(query, {p.B, p.H, p.M}, sums) : allocate(query, {0}, sums);
+  const ScalarType sums = compute_dtype(query.scalar_type());
+  Tensor out, denominator;
+  new_outputs(query, p, out, denominator);
   Tensor final_state =
       p.state ? allocate(query, {p.B, p.H, p.F, p.E}, sums) : allocate(query, {0}, sums);
   Tensor final_key_sum =
       p.state ? allocate(query, {p.B, p.H, p.F}, sums) : allocate(query, {0}, sums);
-  p.out = view(out);
-  if (p.normalized) p.denominator = view(denominator);
   if (p.state) {
     p.final_state = view(final_state);
     p.final_key_sum = view(final_key_sum);
   }
   run_forward(p);
   return {out, denominator, final_state, final_key_sum};
+}
+
+// The forward without its optional tensors, and without the states: there are none.
+std::tuple<Tensor, Tensor> plain(const Tensor& query, const Tensor& key, const Tensor& value,
+                                 bool causal, std::optional<double> eps, std::string feature_map) {
+  const OptionalTensor none;
+  Problem p =
+      make_problem({query, key, value, none, none, none, none, none, causal, eps, feature_map});
+  Tensor out, denominator;
+  new_outputs(query, p, out, denominator);
+  run_forward(p);
+  return {out, denominator};
 }
 
 // The gradient of an input if it is wanted, else an empty tensor.
@@ -236,7 +252,13 @@ Tensor step(const Tensor& query, const Tensor& key, const Tensor& value, const T
   return out;
 }
 
+STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
+  m.def(
+      "_linear_plain(Tensor query, Tensor key, Tensor value, bool causal, float? eps, str "
+      "feature_map) -> (Tensor out, Tensor denominator)");
+}
 STABLE_TORCH_LIBRARY_IMPL(attn, CPU, m) {
+  m.impl("_linear_plain", TORCH_BOX(&plain));
   m.impl("_linear_fwd", TORCH_BOX(&forward));
   m.impl("_linear_bwd", TORCH_BOX(&backward));
   m.impl("_linear_step", TORCH_BOX(&step));
