@@ -72,5 +72,11 @@ def magnitudes_of_scores(
     """The same of `l1_scores`."""
     args = rank4(arguments)
     score = scores(args)
-    terms = distance_terms(grad_out.reshape(score.shape).square(), score, args)
+    grad = grad_out.reshape(score.shape)
+    terms = distance_terms(grad.square(), score, args)
+    if args.get("score", "negative") == "inverse":
+        # Slopes come from scores that were rounded once, equal ones alike: their errors add up.
+        slopes = grad.abs() * args.get("scale", args["query"].shape[3] ** -0.5) * score.square()
+        of_keys = of_key_heads(slopes.sum(2, keepdim=True), args)
+        terms = {"query": slopes.sum(3).square(), "key": of_keys.square()}
     return largest_score(score), largest_roots(terms | {"out": score.square()})
