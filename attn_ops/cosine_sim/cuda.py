@@ -1,6 +1,6 @@
 """The CUDA library's kernels for Hopper: which calls they serve. Triton serves the others.
 
-csrc/cosine_sim/cuda has its kernels: one norm over rows of 64 or 128 elements of 16 bits, weights
+csrc/cosine_sim/cuda has its kernels: one norm over rows of 8 to 256 elements of 16 bits, weights
 without a running maximum, and for each query one interval of the keys that a mask leaves. Its
 backward adds up gradients of queries without an order, and gives way to Triton's in deterministic
 mode.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attn_ops.cosine_sim.triton_core import Inputs
 
 DTYPES = (torch.bfloat16, torch.float16)
-WIDTHS = (64, 128)
+WIDTHS = range(8, 257, 8)
 # Fewer fill less than half of a tile, and leave the second warpgroup without work.
 FEWEST_QUERIES = 64
 MOST_ROWS = 1 << 29  # rows are counted in 32 bits

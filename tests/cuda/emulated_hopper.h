@@ -13,14 +13,19 @@ namespace attn::cuda {
 
 struct TensorMap {
   const unsigned char* base;
-  int64_t size[5], stride[5];  // stride in bytes
-  int box[5];
+  int64_t size[4], stride[4];  // stride in bytes
+  int box[4];
   int element;
 };
 
 inline float2 load2(const float* from) {
   emulator::check_aligned(from, 8);
   return *reinterpret_cast<const float2*>(from);
+}
+
+inline void store2(float* to, float2 x) {
+  emulator::check_aligned(to, 8);
+  *reinterpret_cast<float2*>(to) = x;
 }
 
 inline unsigned char* aligned_shared_memory() {
@@ -103,10 +108,11 @@ inline void named_sync(int id, int threads) {
 }
 
 inline void prefetch_map(const TensorMap*) {}
-inline void load_tile(void* to, const TensorMap* map, uint64_t* at, int row, int head, int batch) {
+inline void load_panel(void* to, const TensorMap* map, uint64_t* at, int column, int row, int head,
+                       int batch) {
   emulator::check_aligned(to, 1);
   if (shared_address(to) % 1024 != 0) emulator::fail("a swizzled tile not at 1024 bytes");
-  const int64_t corner[5] = {0, row, 0, head, batch};
+  const int64_t corner[4] = {column, row, head, batch};
   const TensorMap m = *map;
   size_t bytes = m.element;
   for (int extent : m.box) bytes *= extent;
@@ -114,29 +120,28 @@ inline void load_tile(void* to, const TensorMap* map, uint64_t* at, int row, int
   std::memset(to, 0xff, bytes);
   ++emulator::block()->progress;
   emulator::phase_barrier(at).copies.push_back([=] {
-    int64_t i[5];
+    int64_t i[4];
     size_t place = 0;
-    for (i[4] = 0; i[4] < m.box[4]; ++i[4])
-      for (i[3] = 0; i[3] < m.box[3]; ++i[3])
-        for (i[2] = 0; i[2] < m.box[2]; ++i[2])
-          for (i[1] = 0; i[1] < m.box[1]; ++i[1])
-            for (i[0] = 0; i[0] < m.box[0]; ++i[0], place += m.element) {
-              const uint32_t offset = shared_address(to) + place;
-              unsigned char* target =
-                  emulator::block()->aligned + (offset ^ ((offset >> 7 & 7) << 4));
-              int64_t from = 0;
-              bool inside = true;
-              for (int d = 0; d < 5; ++d) {
-                const int64_t x = corner[d] + i[d];
-                inside = inside && x >= 0 && x < m.size[d];
-                from += x * m.stride[d];
-              }
-              if (inside) {
-                std::memcpy(target, m.base + from, m.element);
-              } else {
-                std::memset(target, 0, m.element);
-              }
+    for (i[3] = 0; i[3] < m.box[3]; ++i[3])
+      for (i[2] = 0; i[2] < m.box[2]; ++i[2])
+        for (i[1] = 0; i[1] < m.box[1]; ++i[1])
+          for (i[0] = 0; i[0] < m.box[0]; ++i[0], place += m.element) {
+            const uint32_t offset = shared_address(to) + place;
+            unsigned char* target =
+                emulator::block()->aligned + (offset ^ ((offset >> 7 & 7) << 4));
+            int64_t from = 0;
+            bool inside = true;
+            for (int d = 0; d < 4; ++d) {
+              const int64_t x = corner[d] + i[d];
+              inside = inside && x >= 0 && x < m.size[d];
+              from += x * m.stride[d];
             }
+            if (inside) {
+              std::memcpy(target, m.base + from, m.element);
+            } else {
+              std::memset(target, 0, m.element);
+            }
+          }
     return static_cast<uint32_t>(bytes);
   });
 }

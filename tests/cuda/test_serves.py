@@ -50,11 +50,14 @@ SERVED: dict[str, dict[str, Any]] = {
     "rows of all heads side by side": each(
         lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
     ),
+    "narrow rows": each(lambda x: x[..., :8]),
+    "rows as wide as two tiles": each(lambda x: torch.cat([x, x], -1)),
     "one head with any stride": each(lambda x: x.as_strided((1, 1, 64, 128), (3, 5, 128, 1))),
 }
 LEFT_TO_TRITON: dict[str, dict[str, Any]] = {
     "float32": each(Tensor.float),
-    "another width": each(lambda x: x[..., :96]),
+    "rows of other than 16 bytes": each(lambda x: x[..., :100]),
+    "rows that are too wide": each(lambda x: torch.cat([x, x, x[..., :8]], -1)),
     "values of another width": {"value": rows(2, 2, 70, 64)},
     "few queries": {"query": rows(2, 4, 63, 128)},
     "no keys": {"key": rows(2, 2, 0, 128), "value": rows(2, 2, 0, 128)},

@@ -83,13 +83,13 @@ ATTN_DEVICE void named_arrive(int id, int threads) {
 ATTN_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// The box of a map at (0, row, 0, head, batch): [D / 64][rows][64], each row of 128 bytes swizzled.
-ATTN_DEVICE void load_tile(void* to, const TensorMap* map, uint64_t* barrier, int row, int head,
-                           int batch) {
+// The box of a map at (column, row, head, batch): rows of 128 bytes, swizzled.
+ATTN_DEVICE void load_panel(void* to, const TensorMap* map, uint64_t* barrier, int column, int row,
+                            int head, int batch) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(shared_address(to)),
-      "l"(map), "r"(0), "r"(row), "r"(0), "r"(head), "r"(batch), "r"(shared_address(barrier))
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(shared_address(barrier))
       : "memory");
 }
 // Bytes and both addresses are multiples of 16.
@@ -146,6 +146,9 @@ ATTN_DEVICE int opaque(int x) {
 
 ATTN_DEVICE float2 load2(const float* from) {
   return *reinterpret_cast<const float2*>(from);
+}
+ATTN_DEVICE void store2(float* to, float2 x) {
+  *reinterpret_cast<float2*>(to) = x;
 }
 
 // Four 8 x 8 matrices of 16 bits: lane i gives the address of row i % 8 of matrix i / 8; r[j] is

@@ -9,12 +9,12 @@ namespace attn::cuda {
 
 #ifdef ATTN_EMULATE
 
-inline TensorMap encode_map(const Tensor& x, const uint64_t (&sizes)[5],
-                            const uint64_t (&strides)[4], const uint32_t (&box)[5]) {
+inline TensorMap encode_map(const Tensor& x, const uint64_t (&sizes)[4],
+                            const uint64_t (&strides)[3], const uint32_t (&box)[4]) {
   TensorMap map{};
   map.base = static_cast<const unsigned char*>(x.data_ptr());
   map.element = 2;
-  for (int i = 0; i < 5; ++i) {
+  for (int i = 0; i < 4; ++i) {
     map.size[i] = static_cast<int64_t>(sizes[i]);
     map.stride[i] = i == 0 ? 2 : static_cast<int64_t>(strides[i - 1]);
     map.box[i] = static_cast<int>(box[i]);
@@ -35,17 +35,17 @@ inline decltype(&cuTensorMapEncodeTiled) find_encode() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
 }
 
-inline TensorMap encode_map(const Tensor& x, const uint64_t (&sizes)[5],
-                            const uint64_t (&strides)[4], const uint32_t (&box)[5]) {
+inline TensorMap encode_map(const Tensor& x, const uint64_t (&sizes)[4],
+                            const uint64_t (&strides)[3], const uint32_t (&box)[4]) {
   static const auto encode = find_encode();
   static_assert(sizeof(cuuint64_t) == sizeof(uint64_t));
-  constexpr cuuint32_t kSteps[5] = {1, 1, 1, 1, 1};
+  constexpr cuuint32_t kSteps[4] = {1, 1, 1, 1};
   const CUtensorMapDataType type = x.scalar_type() == ScalarType::Half
                                        ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                        : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   TensorMap map;
   const CUresult result =
-      encode(&map, type, 5, x.data_ptr(), reinterpret_cast<const cuuint64_t*>(sizes),
+      encode(&map, type, 4, x.data_ptr(), reinterpret_cast<const cuuint64_t*>(sizes),
              reinterpret_cast<const cuuint64_t*>(strides), box, kSteps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -56,17 +56,16 @@ inline TensorMap encode_map(const Tensor& x, const uint64_t (&sizes)[5],
 
 #endif
 
-// x [B, H, L, D] of 16 bits as load_tile reads it: `rows` rows of a head in panels of 64 columns,
-// zeros for rows past the end. Rows are neighbours at multiples of 16 bytes.
+// x [B, H, L, D] of 16 bits as load_panel reads it: 64 columns of `rows` rows of a head, zeros for
+// columns and rows past the end. Rows are neighbours at multiples of 16 bytes.
 inline TensorMap map_of(const Tensor& x, int rows) {
   const auto size = [&](int dim) { return static_cast<uint64_t>(x.size(dim)); };
   // The stride of one element means nothing, and need not be one that the driver takes.
   const auto bytes = [&](int dim) {
     return x.size(dim) == 1 ? uint64_t{128} : static_cast<uint64_t>(2 * x.stride(dim));
   };
-  const uint64_t panels = size(3) / 64;
-  return encode_map(x, {64, size(2), panels, size(1), size(0)}, {bytes(2), 128, bytes(1), bytes(0)},
-                    {64, static_cast<uint32_t>(rows), static_cast<uint32_t>(panels), 1, 1});
+  return encode_map(x, {size(3), size(2), size(1), size(0)}, {bytes(2), bytes(1), bytes(0)},
+                    {64, static_cast<uint32_t>(rows), 1, 1});
 }
 
 }  // namespace attn::cuda

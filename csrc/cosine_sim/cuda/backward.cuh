@@ -28,7 +28,7 @@ Backward plan_backward(const BackwardCall& call, const Device& device, Tensor& h
   Backward p{};
   p.B = static_cast<int>(call.query.size(0)), p.H = static_cast<int>(call.query.size(1));
   p.M = static_cast<int>(call.query.size(2)), p.N = static_cast<int>(call.key.size(2));
-  p.Hk = static_cast<int>(call.key.size(1));
+  p.Hk = static_cast<int>(call.key.size(1)), p.D = static_cast<int>(call.query.size(3));
   p.query_tiles = (p.M + P::kQueries - 1) / P::kQueries;
   p.band = call.reach.queries_seeing(p.M, p.N, p.Hk);
   p.pairs = 4 * length(p.band, 3 * (p.N / 4)) < 3 * length(p.band, p.N / 4);
@@ -36,8 +36,30 @@ Backward plan_backward(const BackwardCall& call, const Device& device, Tensor& h
   p.band.columns = p.query_tiles * P::kQueries;
   p.key_blocks = find_tiles<P::kKeys>(device, call.key, call.order, p.band, held);
   p.places_in_head = p.pairs ? (p.key_blocks + 1) / 2 : p.key_blocks;
-  p.places = p.B * p.Hk * p.places_in_head;
+  p.places = p.B * p.Hk * p.places_in_head * P::kHalves;
   return p;
+}
+
+template <class P>
+void launch_query_gradients(const Device& device, const BackwardCall& call, const Backward& p) {
+  QueryGradients g{};
+  g.query = rows_of(call.query), g.sum = p.grad_query, g.grad = call.grad_query.data_ptr();
+  g.H = p.H, g.M = p.M, g.D = p.D, g.tiles = p.query_tiles;
+  g.scale = static_cast<float>(call.scale);
+  launch_after<&query_gradients_kernel<typename P::T, P::kWidth, P::kQueries>>(
+      device, "cosine_sim: gradients of queries",
+      dim3(static_cast<unsigned>(p.B * p.H * p.query_tiles)), 2 * P::kQueries, 0, g);
+}
+
+template <class P>
+void launch_key_gradients(const Device& device, const BackwardCall& call, const Backward& p) {
+  constexpr int kWidth = kLanesWidth<P::kWidth>, kRows = 2048 / kWidth;
+  KeyGradients g{};
+  g.key = rows_of(call.key), g.sum = p.key_sums, g.grad = call.grad_key.data_ptr();
+  g.Hk = p.Hk, g.N = p.N, g.D = p.D;
+  const dim3 grid(static_cast<unsigned>(p.B * p.Hk * ((p.N + kRows - 1) / kRows)));
+  launch_after<&key_gradients_kernel<typename P::T, kWidth>>(
+      device, "cosine_sim: gradients of keys", grid, 256, 0, g);
 }
 
 template <class P>
@@ -47,11 +69,14 @@ void launch_backward(const BackwardCall& call) {
   Tensor blocks_of_keys;
   Backward p = plan_backward<P>(call, device, blocks_of_keys);
   const int padded = p.query_tiles * P::kQueries, heads = p.B * p.H;
-  Tensor query = allocate(call.query, {p.B, p.H, p.M, P::kWidth});
-  Tensor key = allocate(call.key, {p.B, p.Hk, p.N, P::kWidth});
+  constexpr int kLanes = kLanesWidth<P::kWidth>;
+  Tensor query = allocate(call.query, {p.B, p.H, p.M, p.D});
+  Tensor key = allocate(call.key, {p.B, p.Hk, p.N, p.D});
   Tensor inverse = allocate(call.key, {p.B, p.Hk, p.N}, ScalarType::Float);
   Tensor rows = allocate(call.query, {heads, p.query_tiles, 2 * P::kQueries}, ScalarType::Float);
   Tensor sums = allocate(call.query, {heads, padded, P::kWidth}, ScalarType::Float);
+  const int summed_keys = P::kHalves == 2 ? p.N : 0;
+  Tensor key_sums = allocate(call.key, {p.B, p.Hk, summed_keys, p.D}, ScalarType::Float);
 
   QueryRows q{};
   q.query = rows_of(call.query), q.out = rows_of(call.out), q.grad_out = rows_of(call.grad_out);
@@ -60,42 +85,52 @@ void launch_backward(const BackwardCall& call) {
   q.unit = query.data_ptr();
   q.rows = static_cast<float*>(rows.data_ptr());
   q.grad_query = static_cast<float*>(sums.data_ptr());
-  q.H = p.H, q.M = p.M, q.padded = padded;
+  q.H = p.H, q.M = p.M, q.D = p.D, q.padded = padded, q.columns = P::kWidth;
   q.factor = static_cast<float>(call.scale * kBitsPerNat);
   Tensor value = call.value;
-  if (call.order.rows) value = in_order<T, P::kWidth, false>(device, call.value, call.order);
+  if (call.order.rows) value = in_order<T, kLanes, false>(device, call.value, call.order);
   UnitKeys k{};
-  k.key = rows_of(call.key), k.order = call.order, k.Hk = p.Hk, k.N = p.N;
+  k.key = rows_of(call.key), k.order = call.order, k.Hk = p.Hk, k.N = p.N, k.D = p.D;
   k.inverse = static_cast<float*>(inverse.data_ptr());
   k.unit = key.data_ptr();
-  const int query_blocks = heads * row_blocks<P::kWidth>(padded);
-  const int key_blocks = p.B * p.Hk * row_blocks<P::kWidth>(p.N);
-  launch<&rows_kernel<T, P::kWidth, P::kQueries>>(
+  const int query_blocks = heads * row_blocks<kLanes>(padded);
+  const int key_blocks = p.B * p.Hk * row_blocks<kLanes>(p.N);
+  launch<&rows_kernel<T, kLanes, P::kQueries>>(
       device, "cosine_sim: rows", dim3(static_cast<unsigned>(query_blocks + key_blocks)), 256, 0, q,
       k, query_blocks);
 
   p.query = map_of(query, P::kQueries), p.grad_out = map_of(call.grad_out, P::kQueries);
   p.key = map_of(key, P::kKeys), p.value = map_of(value, P::kKeys);
   p.rows = q.rows, p.key_inverse = k.inverse, p.grad_query = q.grad_query, p.order = call.order;
+  p.key_sums = static_cast<float*>(key_sums.data_ptr());
   p.grad_key = call.grad_key.data_ptr(), p.grad_value = call.grad_value.data_ptr();
   const int most = multiprocessors(device);
   launch_after<&backward_kernel<P>>(device, "cosine_sim: backward",
                                     dim3(static_cast<unsigned>(p.places < most ? p.places : most)),
                                     P::kThreads, P::kSharedBytes, p);
 
-  QueryGradients g{};
-  g.query = q.query, g.sum = q.grad_query, g.grad = call.grad_query.data_ptr();
-  g.H = p.H, g.M = p.M, g.tiles = p.query_tiles;
-  g.scale = static_cast<float>(call.scale);
-  launch_after<&query_gradients_kernel<T, P::kWidth, P::kQueries>>(
-      device, "cosine_sim: gradients of queries",
-      dim3(static_cast<unsigned>(heads * p.query_tiles)), 2 * P::kQueries, 0, g);
+  launch_query_gradients<P>(device, call, p);
+  if constexpr (P::kHalves == 2) launch_key_gradients<P>(device, call, p);
 }
 
 template <class T>
 void choose_backward(const BackwardCall& call) {
-  call.query.size(3) == 128 ? launch_backward<BackwardPlan<T, 128>>(call)
-                            : launch_backward<BackwardPlan<T, 64>>(call);
+  switch (tile_width(call.query.size(3))) {
+    case 32:
+      return launch_backward<BackwardPlan<T, 32>>(call);
+    case 64:
+      return launch_backward<BackwardPlan<T, 64>>(call);
+    case 80:
+      return launch_backward<BackwardPlan<T, 80>>(call);
+    case 96:
+      return launch_backward<BackwardPlan<T, 96>>(call);
+    case 128:
+      return launch_backward<BackwardPlan<T, 128>>(call);
+    case 192:
+      return launch_backward<BackwardPlan<T, 192>>(call);
+    default:
+      return launch_backward<BackwardPlan<T, 256>>(call);
+  }
 }
 
 }  // namespace attn::cuda::cosine

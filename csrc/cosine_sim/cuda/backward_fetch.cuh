@@ -5,18 +5,43 @@
 
 namespace attn::cuda::cosine {
 
+// Own columns of 128 keys, then the others.
+template <class P>
+ATTN_DEVICE void load_keys(unsigned char* to, const TensorMap* map, uint64_t* arrived,
+                           const Block& block, int head, int batch) {
+  barrier_arrive_expect(arrived, P::kHalves * P::kKeyBytes);
+  ATTN_UNROLL
+  for (int i = 0; i < P::kHalves; ++i) {
+    load_tile<P::kPanels, P::kKeys>(to + i * P::kKeyBytes, map, arrived, block.first_key, head,
+                                    batch, (block.half ^ i) * P::kColumns);
+  }
+}
+
+// Columns of the other half of a tile of queries or of grad_out.
+template <class P>
+ATTN_DEVICE void load_others(unsigned char* to, const TensorMap* map, uint64_t* arrived,
+                             uint64_t* free, uint32_t parity, const Block& block, int row, int head,
+                             int batch) {
+  barrier_wait(free, parity ^ 1);
+  if (one_lane()) {
+    barrier_arrive_expect(arrived, P::kQueryBytes);
+    load_tile<P::kPanels, P::kQueries>(to, map, arrived, row, head, batch,
+                                       (block.half ^ 1) * P::kColumns);
+  }
+}
+
 template <class P>
 ATTN_DEVICE void fetch_backward(const Backward& p, BackwardShared<P> shared) {
   wait_for_kernel_before();
-  Ring<P::kStages> queries, grads;
-  uint32_t keys_parity = 0;
+  Ring<P::kQueryStages> queries;
+  Ring<P::kGradStages> grads;
+  uint32_t keys_parity = 0, others_parity = 0;
   Block block;
   for (Blocks<P> blocks{p}; blocks.next(block);) {
     const int batch = block.head / p.Hk, key_head = block.head - batch * p.Hk;
     barrier_wait(shared.keys_free(), keys_parity ^ 1);
     if (one_lane()) {
-      barrier_arrive_expect(shared.keys_arrived(), P::kKeyBytes);
-      load_tile(shared.key(), &p.key, shared.keys_arrived(), block.first_key, key_head, batch);
+      load_keys<P>(shared.key(), &p.key, shared.keys_arrived(), block, key_head, batch);
     }
     bool values_due = true;
     Cursor at(p, block);
@@ -27,25 +52,34 @@ ATTN_DEVICE void fetch_backward(const Backward& p, BackwardShared<P> shared) {
       if (one_lane()) {
         const int64_t tile = int64_t{at.head} * p.query_tiles + at.tile;
         barrier_arrive_expect(arrived, P::kQueryBytes + P::kRowBytes);
-        load_tile(shared.query(queries.index), &p.query, arrived, row, head, batch);
+        load_tile<P::kPanels, P::kQueries>(shared.query(queries.index), &p.query, arrived, row,
+                                           head, batch, block.half * P::kColumns);
         load_bytes(shared.rows(queries.index), p.rows + tile * (2 * P::kQueries), P::kRowBytes,
                    arrived);
       }
       queries.advance();
+      if constexpr (P::kHalves == 2) {
+        load_others<P>(shared.other_query(), &p.query, shared.other_query_arrived(),
+                       shared.other_query_free(), others_parity, block, row, head, batch);
+      }
       if (values_due) {
         values_due = false;
         barrier_wait(shared.values_free(), keys_parity ^ 1);
         if (one_lane()) {
-          barrier_arrive_expect(shared.values_arrived(), P::kKeyBytes);
-          load_tile(shared.value(), &p.value, shared.values_arrived(), block.first_key, key_head,
-                    batch);
+          load_keys<P>(shared.value(), &p.value, shared.values_arrived(), block, key_head, batch);
         }
+      }
+      if constexpr (P::kHalves == 2) {
+        load_others<P>(shared.other_grad_out(), &p.grad_out, shared.other_grad_arrived(),
+                       shared.other_grad_free(), others_parity, block, row, head, batch);
+        others_parity ^= 1;
       }
       barrier_wait(shared.grad_free(grads.index), grads.parity ^ 1);
       arrived = shared.grad_arrived(grads.index);
       if (one_lane()) {
         barrier_arrive_expect(arrived, P::kQueryBytes);
-        load_tile(shared.grad_out(grads.index), &p.grad_out, arrived, row, head, batch);
+        load_tile<P::kPanels, P::kQueries>(shared.grad_out(grads.index), &p.grad_out, arrived, row,
+                                           head, batch, block.half * P::kColumns);
       }
       grads.advance();
       at.advance(block);

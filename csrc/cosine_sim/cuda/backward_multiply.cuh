@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cosine_sim/cuda/backward_fetch.cuh"
+#include "cosine_sim/cuda/backward_store.cuh"
 
 namespace attn::cuda::cosine {
 
@@ -17,20 +18,21 @@ struct MultiplyBackward {
   using T = typename P::T;
   static constexpr int kScores = P::kQueries / 2;  // of a thread: keys `row` and `row` + 8
   static constexpr int kSteps = P::kQueries / 16;
-  static constexpr int kColumns = P::kWidth / 2;
+  static constexpr int kSums = P::kColumns / 2;
 
   const Backward& p;
   BackwardShared<P> shared;
   int warpgroup;
   int thread, lane, row;  // `row` of the block, and row + 8
 
-  Ring<P::kStages> queries, grads;
-  uint32_t keys_parity = 0;
+  Ring<P::kQueryStages> queries;
+  Ring<P::kGradStages> grads;
+  uint32_t keys_parity = 0, others_parity = 0;
   int buffer = 0;  // of dS
 
-  float grad_key[kColumns], grad_value[kColumns];
+  float grad_key[kSums], grad_value[kSums];
   float score[kScores], change[kScores];         // S, then P; dP
-  float part[32];                                // of dQ
+  float part[P::kPart / 2];                      // of dQ
   uint32_t weight[kSteps][4], slope[kSteps][4];  // P and dS as operands
 
   ATTN_DEVICE MultiplyBackward(const Backward& problem, BackwardShared<P> memory, int index)
@@ -42,6 +44,7 @@ struct MultiplyBackward {
   }
 
   ATTN_DEVICE void run() {
+    if constexpr (P::kScoreBuffers == 1) named_arrive(3 - warpgroup, 256);
     Block block;
     for (Blocks<P> blocks{p}; blocks.next(block);) {
       attend(block);
@@ -53,20 +56,14 @@ struct MultiplyBackward {
   ATTN_DEVICE void attend(const Block& block) {
     Cursor at(p, block);
     barrier_wait(shared.keys_arrived(), keys_parity);
-    barrier_wait(shared.query_arrived(queries.index), queries.parity);
+    wait_for_queries();
     products_fence();
     start_scores();
     barrier_wait(shared.values_arrived(), keys_parity);
     keys_parity ^= 1;
-    barrier_wait(shared.grad_arrived(grads.index), grads.parity);
+    wait_for_grads();
     start_change();
-    products_wait<1>();
-    keep_here(score);
-    find_all_weights(block, at);
-    pack_all(weight, score);
-    products_wait<0>();
-    keep_here(change);
-    find_slopes();
+    find_weights_and_slopes(block, at);
     int accumulate = 0;
     for (int i = 1; i < block.tiles; ++i) {
       step(block, at, accumulate);
@@ -79,15 +76,14 @@ struct MultiplyBackward {
     keep_here(grad_value);
     release(shared.grad_free(grads.index));
     grads.advance();
-    store_values(block);
+    KeyRows<P>{p, block, lane, row}.store_values(grad_value);  // while products run
     products_wait<1>();
     keep_here(part);
-    add_grad_query(at);
+    add_grad_query(block, at);
     products_wait<0>();
     keep_here(grad_key);
     release(shared.query_free(queries.index));
     queries.advance();
-    buffer ^= 1;
   }
 
   // The sums of these queries, and the weights and slopes of the next.
@@ -102,12 +98,12 @@ struct MultiplyBackward {
     queries.advance();
     products_wait<1>();
     keep_here(part);
-    add_grad_query(at);
+    add_grad_query(block, at);
     at.advance(block);
-    barrier_wait(shared.query_arrived(queries.index), queries.parity);
+    wait_for_queries();
     products_fence();
     start_scores();
-    barrier_wait(shared.grad_arrived(grads.index), grads.parity);
+    wait_for_grads();
     if constexpr (P::kLate) {
       products_wait<1>();
       keep_here(grad_key);
@@ -120,14 +116,31 @@ struct MultiplyBackward {
       keep_here(grad_key);
       release(shared.query_free(stage));
     }
+    find_weights_and_slopes(block, at);
+  }
+
+  // Of S and dP, which are under way.
+  ATTN_DEVICE void find_weights_and_slopes(const Block& block, const Cursor& at) {
     products_wait<1>();
     keep_here(score);
+    if constexpr (P::kHalves == 2) release(shared.other_query_free());
     find_all_weights(block, at);
     pack_all(weight, score);
     products_wait<0>();
     keep_here(change);
-    buffer ^= 1;
+    if constexpr (P::kHalves == 2) release(shared.other_grad_free());
+    others_parity ^= 1;
+    if constexpr (P::kScoreBuffers == 2) buffer ^= 1;
     find_slopes();
+  }
+
+  ATTN_DEVICE void wait_for_queries() const {
+    barrier_wait(shared.query_arrived(queries.index), queries.parity);
+    if constexpr (P::kHalves == 2) barrier_wait(shared.other_query_arrived(), others_parity);
+  }
+  ATTN_DEVICE void wait_for_grads() const {
+    if constexpr (P::kHalves == 2) barrier_wait(shared.other_grad_arrived(), others_parity);
+    barrier_wait(shared.grad_arrived(grads.index), grads.parity);
   }
 
   // dV and dQ, once the slopes of both warpgroups are in shared memory.
@@ -157,31 +170,38 @@ struct MultiplyBackward {
   }
 
   // 64 keys x queries, from rows of keys or values and rows of queries or grad_out.
-  ATTN_DEVICE void start_transposed(float (&to)[kScores], unsigned char* keys,
-                                    unsigned char* rows) {
-    const uint64_t a = matrix(keys + warpgroup * 64 * 128, 0), b = matrix(rows, 0);
+  ATTN_DEVICE void start_transposed(float (&to)[kScores], unsigned char* keys, unsigned char* rows,
+                                    unsigned char* other_rows) {
     ATTN_UNROLL
-    for (int i = 0; i < P::kWidth / 16; ++i) {
-      const int panel = i / 4, bytes = i % 4 * 32;
-      multiply_shared<T, P::kQueries>(to, a + ((panel * P::kKeys * 128 + bytes) >> 4),
-                                      b + ((panel * P::kQueries * 128 + bytes) >> 4), i > 0);
+    for (int half = 0; half < P::kHalves; ++half) {
+      const int place = P::kHalves == 2 ? opaque(warpgroup) : warpgroup;  // to hold no addresses
+      const uint64_t a = matrix(keys + half * P::kKeyBytes + place * 64 * 128, 0);
+      const uint64_t b = matrix(half ? other_rows : rows, 0);
+      ATTN_UNROLL
+      for (int i = 0; i < P::kColumns / 16; ++i) {
+        const int panel = i / 4, bytes = i % 4 * 32;
+        multiply_shared<T, P::kQueries>(to, a + ((panel * P::kKeys * 128 + bytes) >> 4),
+                                        b + ((panel * P::kQueries * 128 + bytes) >> 4),
+                                        half + i > 0);
+      }
     }
     products_commit();
   }
   ATTN_DEVICE void start_scores() {
-    start_transposed(score, shared.key(), shared.query(queries.index));
+    start_transposed(score, shared.key(), shared.query(queries.index), shared.other_query());
   }
   ATTN_DEVICE void start_change() {
-    start_transposed(change, shared.value(), shared.grad_out(grads.index));
+    start_transposed(change, shared.value(), shared.grad_out(grads.index), shared.other_grad_out());
   }
 
   // Weights or slopes, keys x queries, times rows of queries or grad_out.
-  ATTN_DEVICE void start_sum(float (&to)[kColumns], const uint32_t (&a)[kSteps][4],
+  ATTN_DEVICE void start_sum(float (&to)[kSums], const uint32_t (&a)[kSteps][4],
                              unsigned char* rows, int accumulate) {
     const uint64_t b = matrix(rows, P::kQueries * 128);
     ATTN_UNROLL
     for (int i = 0; i < kSteps; ++i) {
-      multiply_registers<T, P::kWidth>(to, a[i], b + ((i * 16 * 128) >> 4), i > 0 ? 1 : accumulate);
+      multiply_registers<T, P::kColumns>(to, a[i], b + ((i * 16 * 128) >> 4),
+                                         i > 0 ? 1 : accumulate);
     }
     products_commit();
   }
@@ -192,14 +212,15 @@ struct MultiplyBackward {
     start_sum(grad_key, slope, shared.query(stage), accumulate);
   }
 
-  // This warpgroup's 64 queries or 64 columns of dS K.
+  // This warpgroup's 64 queries or panel of columns of dS K.
   ATTN_DEVICE void start_grad_query() {
     const int rows = P::kQueries == 64 ? 0 : warpgroup, columns = P::kQueries == 64 ? warpgroup : 0;
     const uint64_t a = matrix(shared.score(buffer) + rows * P::kKeys * 128, P::kKeys * 128);
     const uint64_t b = matrix(shared.key() + columns * P::kKeys * 128, P::kKeys * 128);
     ATTN_UNROLL
     for (int i = 0; i < P::kKeys / 16; ++i) {
-      multiply_transposed<T, 64>(part, a + ((i * 16 * 128) >> 4), b + ((i * 16 * 128) >> 4), i > 0);
+      multiply_transposed<T, P::kPart>(part, a + ((i * 16 * 128) >> 4), b + ((i * 16 * 128) >> 4),
+                                       i > 0);
     }
     products_commit();
   }
@@ -235,6 +256,7 @@ struct MultiplyBackward {
       }
     }
     pack_all(slope, change);
+    if constexpr (P::kScoreBuffers == 1) named_sync(2 + warpgroup, 256);
     store_slopes();
   }
 
@@ -271,87 +293,50 @@ struct MultiplyBackward {
     if (lane == 0) barrier_arrive(barrier);
   }
 
-  // In the order in which threads hold them: 16 bytes of a thread are rows g and g + 8, two
-  // columns.
-  ATTN_DEVICE void add_grad_query(const Cursor& at) const {
+  // In the order in which threads hold them, [128 / kQueries][kWidth / 8][128][4]: 16 bytes of a
+  // thread are rows g and g + 8, two columns.
+  ATTN_DEVICE void add_grad_query(const Block& block, const Cursor& at) const {
+    // The other warpgroup may write slopes where these were read.
+    if constexpr (P::kScoreBuffers == 1) named_arrive(3 - warpgroup, 256);
+    constexpr int kSecond = P::kQueries == 64 ? P::kColumns - 64 : P::kPart;  // columns
     const int64_t tile = int64_t{at.head} * p.query_tiles + at.tile;
-    float* to = p.grad_query + (tile * 2 + warpgroup) * (64 * 64) + thread * 4;
+    float* to = p.grad_query + tile * (P::kQueries * P::kWidth) + block.half * (P::kColumns * 64) +
+                warpgroup * (64 * P::kPart) + thread * 4;
     ATTN_UNROLL
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < P::kPart / 8; ++i) {
+      if (i >= kSecond / 8 && warpgroup == 1) continue;  // columns past the end
       atomic_add4(to + i * 512,
                   make_float4(part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]));
     }
   }
 
-  // While the last products of queries and keys run.
-  ATTN_DEVICE void store_values(const Block& block) {
-    ATTN_UNROLL
-    for (int below = 0; below < 2; ++below) {
-      store_row(static_cast<T*>(p.grad_value), grad_value + 2 * below, block,
-                opaque(row + 8 * below));
-    }
-  }
-
   ATTN_DEVICE void store_keys(const Block& block) {
-    uint32_t unit[2][P::kWidth / 8];
+    if constexpr (P::kHalves == 2) {
+      release(shared.keys_free());
+      store_key_sums(block);
+    } else {
+      const KeyRows<P> rows{p, block, lane, row};
+      typename KeyRows<P>::Units unit;
+      rows.load(shared.key(), unit);
+      release(shared.keys_free());
+      rows.store_keys(grad_key, unit);
+    }
+  }
+
+  // The way through the norm needs whole rows: that of a kernel of its own, as for queries.
+  ATTN_DEVICE void store_key_sums(const Block& block) const {
     ATTN_UNROLL
     for (int below = 0; below < 2; ++below) {
-      const int at = opaque(row + 8 * below);
+      const int key = block.first_key + opaque(row + 8 * below);
+      const int first = block.half * P::kColumns;
+      const int columns = key < block.past_key ? p.D - first : 0;
+      const int64_t given = KeyRows<P>{p, block, lane, row}.row_given(key);
+      float* to = p.key_sums + given * p.D + first + lane % 4 * 2;
       ATTN_UNROLL
-      for (int j = 0; j < P::kWidth / 8; ++j) {
-        unit[below][j] = piece<P::kKeys>(shared.key(), at, j)[lane % 4];
+      for (int j = 0; j < P::kColumns / 8; ++j) {
+        const float* pair = grad_key + 4 * j + 2 * below;
+        if (8 * j < columns) store2(to + 8 * j, make_float2(pair[0], pair[1]));
       }
-    }
-    release(shared.keys_free());
-    ATTN_UNROLL
-    for (int below = 0; below < 2; ++below) {
-      const int at = opaque(row + 8 * below), key = block.first_key + at;
-      const int64_t index = int64_t{block.head} * p.N + key;
-      through_norm(below, key < block.past_key ? p.key_inverse[index] : 0.0f, unit[below]);
-      store_row(static_cast<T*>(p.grad_key), grad_key + 2 * below, block, at);
-    }
-  }
-
-  ATTN_DEVICE void store_row(T* to, const float* pairs, const Block& block, int at) const {
-    const int key = block.first_key + at;
-    const bool inside = key < block.past_key;
-    const int given = inside ? p.order.of(block.head / p.Hk, key) : 0;
-    to += (int64_t{block.head} * p.N + given) * P::kWidth;
-    ATTN_UNROLL
-    for (int i = 0; i < P::kWidth / 32; ++i) store_part(to + 32 * i, pairs + 16 * i, inside);
-  }
-
-  // grad_key from that of unit keys: (g - k (k.g)) / |k|. Below the floor of the norm the divisor
-  // is a constant.
-  ATTN_DEVICE void through_norm(int below, float inverse, const uint32_t (&unit)[P::kWidth / 8]) {
-    float along = 0.0f;
-    ATTN_UNROLL
-    for (int j = 0; j < P::kWidth / 8; ++j) {
-      const float2 k = unpack(unit[j], T{});
-      along += k.x * grad_key[4 * j + 2 * below] + k.y * grad_key[4 * j + 2 * below + 1];
-    }
-    along += shuffle_xor(along, 1);
-    along += shuffle_xor(along, 2);
-    if (inverse >= 1e12f) along = 0.0f;
-    inverse *= static_cast<float>(1 / kBitsPerNat);  // queries have it as a factor
-    ATTN_UNROLL
-    for (int j = 0; j < P::kWidth / 8; ++j) {
-      const float2 k = unpack(unit[j], T{});
-      float* g = grad_key + 4 * j + 2 * below;
-      g[0] = (g[0] - k.x * along) * inverse;
-      g[1] = (g[1] - k.y * along) * inverse;
-    }
-  }
-
-  // 32 columns of a row, of which a thread has 8 pairs apart: four threads exchange them, so that
-  // each stores 8 neighbours.
-  ATTN_DEVICE void store_part(T* to, const float* pairs, bool inside) const {
-    uint32_t x[4];
-    ATTN_UNROLL
-    for (int j = 0; j < 4; ++j) x[j] = pack(pairs[4 * j], pairs[4 * j + 1], T{});
-    transpose_lanes(x, lane);
-    if (inside) {
-      store4(reinterpret_cast<uint32_t*>(to + lane % 4 * 8), make_uint4(x[0], x[1], x[2], x[3]));
     }
   }
 };

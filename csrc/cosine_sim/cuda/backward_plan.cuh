@@ -1,7 +1,7 @@
 // What a backward launch is made of: sizes, shared memory, and the order of work.
 //
 // A block owns 128 keys and walks over the queries that see them. Letters: B batch, H query heads,
-// Hk key/value heads, M queries, N keys, D width of all rows.
+// Hk key/value heads, M queries, N keys, D width of all rows, in tiles of kWidth columns.
 #pragma once
 
 #include "cosine_sim/cuda/band.cuh"
@@ -14,10 +14,11 @@ struct Backward {
       grad_out;                 // queries and keys are unit vectors, see backward_rows.cuh
   const float* rows;            // [B * H, query_tiles, 2, kQueries]: lse in bits, delta
   const float* key_inverse;     // [B * Hk, N]: 1 / |k|
-  float* grad_query;            // [B * H, query_tiles, 2, 8, 128, 4], see add_grad_query
+  float* grad_query;            // [B * H, query_tiles, kWidth / 8, ...], see add_grad_query
+  float* key_sums;              // [B, Hk, N, D], of halves of columns: see key_gradients_kernel
   void *grad_key, *grad_value;  // [B, Hk, N, D], contiguous, as keys and values are given
   Order order;                  // of keys and values
-  int B, H, Hk, M, N;
+  int B, H, Hk, M, N, D;
   Band band;                    // which queries see a key, of those of whole tiles
   int query_tiles, key_blocks;  // of a head
   int pairs;                    // the order of blocks, see Blocks: a long and a short one in turn
@@ -28,29 +29,40 @@ template <class T_, int kWidth_>
 struct BackwardPlan {
   using T = T_;
   static constexpr int kWidth = kWidth_;
-  static constexpr int kQueries = 8192 / kWidth_;  // of a tile
-  static constexpr int kKeys = 128;                // of a block: 64 for each of two warpgroups
-  static constexpr int kStages = 3;                // of queries, and of grad_out
+  // Registers hold gradients of 128 columns: of wider rows a block has those of one half, its own
+  // columns, and reads the others for S and dP alone.
+  static constexpr int kHalves = kWidth_ > 128 ? 2 : 1;
+  static constexpr int kColumns = kWidth_ / kHalves;
+  static constexpr int kPanels = (kColumns + 63) / 64;      // of 64 columns: rows of 128 bytes
+  static constexpr int kQueries = kWidth_ > 64 ? 64 : 128;  // of a tile
+  static constexpr int kKeys = 128;  // of a block: 64 for each of two warpgroups
+  // Of own columns; of the others, where there are any, one. Queries are the last that dK needs,
+  // and the first that S does.
+  static constexpr int kQueryStages = kHalves == 2 ? 2 : 3;
+  static constexpr int kGradStages = kHalves == 2 ? 1 : 3;
+  static constexpr int kScoreBuffers = kHalves == 2 ? 1 : 2;
   static constexpr int kThreads = 384;
   static constexpr int kFetchRegisters = 24;
   static constexpr int kMultiplyRegisters = 240;
   // dP starts when dK has given its operand's registers back: S and dP of 128 queries take 128.
-  static constexpr bool kLate = kQueries == 128;
-  // A warpgroup's part of dQ is 64 x 64: all queries and half of the columns, or the reverse.
-  static_assert(kQueries * kWidth == 128 * 64);
+  static constexpr bool kLate = kWidth == 64;
+  // A warpgroup's part of dQ: all queries and a panel of columns, or 64 queries and all columns.
+  static constexpr int kPart = kQueries == 64 ? 64 : kColumns;
+  static_assert(kPanels == (kQueries == 64 ? 2 : 1) && kColumns % 16 == 0);
 
-  static constexpr int kKeyBytes = kKeys * kWidth * 2;
-  static constexpr int kQueryBytes = kQueries * kWidth * 2;
+  static constexpr int kKeyBytes = kKeys * kPanels * 128;
+  static constexpr int kQueryBytes = kQueries * kPanels * 128;
   static constexpr int kScoreBytes = kQueries * kKeys * 2;
   static constexpr int kRowBytes = 2 * kQueries * 4;
 
-  static constexpr int kValueOffset = kKeyBytes;
-  static constexpr int kQueryOffset = 2 * kKeyBytes;
-  static constexpr int kGradOffset = kQueryOffset + kStages * kQueryBytes;
-  static constexpr int kScoreOffset = kGradOffset + kStages * kQueryBytes;
-  static constexpr int kRowOffset = kScoreOffset + 2 * kScoreBytes;
-  static constexpr int kBarrierOffset = kRowOffset + kStages * kRowBytes;
-  static constexpr int kBarriers = 4 + 4 * kStages;
+  static constexpr int kValueOffset = kHalves * kKeyBytes;
+  static constexpr int kQueryOffset = 2 * kHalves * kKeyBytes;
+  static constexpr int kGradOffset = kQueryOffset + kQueryStages * kQueryBytes;
+  static constexpr int kOtherOffset = kGradOffset + kGradStages * kQueryBytes;
+  static constexpr int kScoreOffset = kOtherOffset + (kHalves - 1) * 2 * kQueryBytes;
+  static constexpr int kRowOffset = kScoreOffset + kScoreBuffers * kScoreBytes;
+  static constexpr int kBarrierOffset = kRowOffset + kQueryStages * kRowBytes;
+  static constexpr int kBarriers = 8 + 2 * kQueryStages + 2 * kGradStages;
   static constexpr int kSharedBytes = kBarrierOffset + kBarriers * 8;
   static_assert(kSharedBytes <= 227 * 1024);
 };
@@ -59,6 +71,7 @@ template <class P>
 struct BackwardShared {
   unsigned char* base;
 
+  // Own columns, then the others.
   ATTN_DEVICE unsigned char* key() const { return base; }
   ATTN_DEVICE unsigned char* value() const { return base + P::kValueOffset; }
   ATTN_DEVICE unsigned char* query(int stage) const {
@@ -66,6 +79,10 @@ struct BackwardShared {
   }
   ATTN_DEVICE unsigned char* grad_out(int stage) const {
     return base + P::kGradOffset + stage * P::kQueryBytes;
+  }
+  ATTN_DEVICE unsigned char* other_query() const { return base + P::kOtherOffset; }
+  ATTN_DEVICE unsigned char* other_grad_out() const {
+    return base + P::kOtherOffset + P::kQueryBytes;
   }
   // [kQueries / 64][keys][64 queries]
   ATTN_DEVICE unsigned char* score(int buffer) const {
@@ -81,22 +98,30 @@ struct BackwardShared {
   ATTN_DEVICE uint64_t* keys_free() const { return barrier(1); }
   ATTN_DEVICE uint64_t* values_arrived() const { return barrier(2); }
   ATTN_DEVICE uint64_t* values_free() const { return barrier(3); }
-  ATTN_DEVICE uint64_t* query_arrived(int stage) const { return barrier(4 + stage); }
-  ATTN_DEVICE uint64_t* query_free(int stage) const { return barrier(4 + P::kStages + stage); }
+  ATTN_DEVICE uint64_t* other_query_arrived() const { return barrier(4); }
+  ATTN_DEVICE uint64_t* other_query_free() const { return barrier(5); }
+  ATTN_DEVICE uint64_t* other_grad_arrived() const { return barrier(6); }
+  ATTN_DEVICE uint64_t* other_grad_free() const { return barrier(7); }
+  ATTN_DEVICE uint64_t* query_arrived(int stage) const { return barrier(8 + stage); }
+  ATTN_DEVICE uint64_t* query_free(int stage) const { return barrier(8 + P::kQueryStages + stage); }
   ATTN_DEVICE uint64_t* grad_arrived(int stage) const {
-    return barrier(4 + 2 * P::kStages + stage);
+    return barrier(8 + 2 * P::kQueryStages + stage);
   }
-  ATTN_DEVICE uint64_t* grad_free(int stage) const { return barrier(4 + 3 * P::kStages + stage); }
+  ATTN_DEVICE uint64_t* grad_free(int stage) const {
+    return barrier(8 + 2 * P::kQueryStages + P::kGradStages + stage);
+  }
 
   ATTN_DEVICE void init_barriers() const {
     constexpr int kWarps = 8;
-    barrier_init(keys_arrived(), 1);
-    barrier_init(keys_free(), kWarps);
-    barrier_init(values_arrived(), 1);
-    barrier_init(values_free(), kWarps);
-    for (int i = 0; i < P::kStages; ++i) {
+    for (int i = 0; i < 8; i += 2) {
+      barrier_init(barrier(i), 1);
+      barrier_init(barrier(i + 1), kWarps);
+    }
+    for (int i = 0; i < P::kQueryStages; ++i) {
       barrier_init(query_arrived(i), 1);
       barrier_init(query_free(i), kWarps);
+    }
+    for (int i = 0; i < P::kGradStages; ++i) {
       barrier_init(grad_arrived(i), 1);
       barrier_init(grad_free(i), kWarps);
     }
@@ -107,6 +132,7 @@ struct BackwardShared {
 // Keys of one head, and the tiles of queries that see them, of each query head of the group.
 struct Block {
   int head;  // of B * Hk
+  int half;  // of the columns
   int first_key, past_key;
   Range queries;
   int tiles;  // of all heads
@@ -126,8 +152,10 @@ struct Blocks {
     const int place = turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     const int index = turn * gridDim.x + place;
     if (index >= p.places) return false;
-    block.head = index / p.places_in_head;
-    const int longer = index - block.head * p.places_in_head;
+    const int either = index / P::kHalves;
+    block.half = index - either * P::kHalves;
+    block.head = either / p.places_in_head;
+    const int longer = either - block.head * p.places_in_head;
     const int shorter = p.key_blocks - 1 - longer;
     const int number = pairs && (round & 1) ? shorter : longer;
     round += pairs && longer == shorter ? 2 : 1;  // the block in the middle has no other

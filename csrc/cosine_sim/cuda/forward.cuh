@@ -30,6 +30,7 @@ Forward plan_forward(const ForwardCall& call, const Device& device, Tensor& held
   Forward p{};
   p.B = static_cast<int>(call.query.size(0)), p.H = static_cast<int>(call.query.size(1));
   p.M = static_cast<int>(call.query.size(2)), p.Hk = static_cast<int>(call.key.size(1));
+  p.D = static_cast<int>(call.query.size(3));
   p.band = call.reach.keys_seen(call.query.size(2), call.key.size(2), p.H);
   p.factor = static_cast<float>(call.scale * kBitsPerNat);
   p.out = call.out.data_ptr();
@@ -52,9 +53,10 @@ void launch_forward(const ForwardCall& call) {
   Forward p = plan_forward<P>(call, device, tiles_of_queries);
   Tensor key = call.key, value = call.value;
   if constexpr (P::kUnitKeys) {
-    key = in_order<typename P::T, P::kWidth, true>(device, call.key, call.order);
+    constexpr int kLanes = kLanesWidth<P::kWidth>;
+    key = in_order<typename P::T, kLanes, true>(device, call.key, call.order);
     if (call.order.rows) {
-      value = in_order<typename P::T, P::kWidth, false>(device, call.value, call.order);
+      value = in_order<typename P::T, kLanes, false>(device, call.value, call.order);
     }
   }
   p.query = map_of(call.query, P::kQueries);
@@ -74,16 +76,27 @@ inline bool wants_unit_keys(const ForwardCall& call) {
   return M * (call.query.size(1) / call.key.size(1)) * seen >= 1024 * N;
 }
 
-//                        width, warpgroups, stages of queries, unit keys, turns, held
+// width, warpgroups, stages of queries, unit keys, turns, held
 template <class T>
 void choose_forward(const ForwardCall& call) {
   const bool unit = wants_unit_keys(call);
-  if (call.query.size(3) == 128) {
-    unit ? launch_forward<Plan<T, 128, 2, 1, true, true, true>>(call)
-         : launch_forward<Plan<T, 128, 2, 1, false, false, true>>(call);
-  } else {
-    unit ? launch_forward<Plan<T, 64, 3, 2, true, true, false>>(call)
-         : launch_forward<Plan<T, 64, 2, 1, false, true, true>>(call);
+  switch (tile_width(call.query.size(3))) {
+    case 32:
+      return launch_forward<Plan<T, 32, 3, 2, true, true, true>>(call);
+    case 64:
+      return unit ? launch_forward<Plan<T, 64, 3, 2, true, true, false>>(call)
+                  : launch_forward<Plan<T, 64, 2, 1, false, true, true>>(call);
+    case 80:
+      return launch_forward<Plan<T, 80, 3, 1, true, true, false>>(call);
+    case 96:
+      return launch_forward<Plan<T, 96, 3, 1, true, true, false>>(call);
+    case 128:
+      return unit ? launch_forward<Plan<T, 128, 2, 1, true, true, true>>(call)
+                  : launch_forward<Plan<T, 128, 2, 1, false, false, true>>(call);
+    case 192:
+      return launch_forward<Plan<T, 192, 2, 1, true, true, false>>(call);
+    default:
+      return launch_forward<Plan<T, 256, 2, 1, true, false, false>>(call);
   }
 }
 

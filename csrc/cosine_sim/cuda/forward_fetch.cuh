@@ -26,8 +26,8 @@ struct Fetch {
       uint64_t* arrived = shared.query_arrived(queries.index);
       if (one_lane()) {
         barrier_arrive_expect(arrived, P::kQueryBytes);
-        load_tile(shared.query(queries.index), &p.query, arrived, tile.first_query, query_head,
-                  tile_batch);
+        load_tile<P::kPanels, P::kQueries>(shared.query(queries.index), &p.query, arrived,
+                                           tile.first_query, query_head, tile_batch);
       }
       queries.advance();
       for (int i = tile.keys.end - 1; i >= 0; --i) {
@@ -86,7 +86,7 @@ struct Fetch {
     uint64_t* arrived = shared.key_arrived(keys.index);
     if (one_lane()) {
       barrier_arrive_expect(arrived, P::kKeyBytes);
-      load_tile(shared.key(keys.index), &p.key, arrived, row, head, batch);
+      load_tile<P::kPanels, P::kKeys>(shared.key(keys.index), &p.key, arrived, row, head, batch);
     }
     keys.advance();
   }
@@ -96,7 +96,8 @@ struct Fetch {
     uint64_t* arrived = shared.value_arrived(values.index);
     if (one_lane()) {
       barrier_arrive_expect(arrived, P::kKeyBytes);
-      load_tile(shared.value(values.index), &p.value, arrived, row, head, batch);
+      load_tile<P::kPanels, P::kKeys>(shared.value(values.index), &p.value, arrived, row, head,
+                                      batch);
     }
     values.advance();
   }

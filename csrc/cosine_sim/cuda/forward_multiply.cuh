@@ -244,10 +244,12 @@ struct Multiply {
       const float total = sum[below];
       const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
       const int64_t index = int64_t{tile.head} * p.M + query;
-      T* to = static_cast<T*>(p.out) + index * P::kWidth;
+      T* to = static_cast<T*>(p.out) + index * p.D + lane % 4 * 8;
+      const int columns =
+          query < tile.past_query ? p.D - lane % 4 * 8 : 0;  // from this lane's first on
       ATTN_UNROLL
-      for (int i = 0; i < P::kWidth / 32; ++i) {
-        store_part(to + 32 * i, i, below, inverse, query < tile.past_query);
+      for (int i = 0; i < (P::kWidth + 31) / 32; ++i) {
+        store_part(to + 32 * i, i, below, inverse, 32 * i < columns);
       }
       if (lane % 4 == 0 && query < tile.past_query) {
         p.lse[index] = total > 0.0f ? logf(total) : -INFINITY;
@@ -261,13 +263,12 @@ struct Multiply {
     uint32_t x[4];
     ATTN_UNROLL
     for (int j = 0; j < 4; ++j) {
-      const float* pair = out + 16 * i + 4 * j + 2 * below;
+      const float* pair =
+          out + (16 * i + 4 * j) % kOutputs + 2 * below;  // past the end any will do
       x[j] = pack(pair[0] * inverse, pair[1] * inverse, T{});
     }
     transpose_lanes(x, lane);
-    if (inside) {
-      store4(reinterpret_cast<uint32_t*>(to + lane % 4 * 8), make_uint4(x[0], x[1], x[2], x[3]));
-    }
+    if (inside) store4(reinterpret_cast<uint32_t*>(to), make_uint4(x[0], x[1], x[2], x[3]));
   }
 };
 

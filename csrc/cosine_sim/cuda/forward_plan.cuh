@@ -1,6 +1,7 @@
 // What a forward launch is made of: sizes, shared memory, and the order of tiles.
 //
-// Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D width of all rows.
+// Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D width of all rows,
+// which lie in tiles of kWidth columns.
 #pragma once
 
 #include "cosine_sim/cuda/band.cuh"
@@ -12,7 +13,7 @@ struct Forward {
   TensorMap query, key, value;
   void* out;   // [B, H, M, D], contiguous
   float* lse;  // [B, H, M]
-  int B, H, Hk, M;
+  int B, H, Hk, M, D;
   Band band;           // which keys a query sees
   float factor;        // scale * log2(e): a unit query times it, times a unit key, is a power of 2
   int query_tiles;     // of a head
@@ -22,7 +23,11 @@ struct Forward {
   int places_in_part;
 };
 
-// 128 keys to a tile, three tiles of keys and of values under way.
+// As many as registers and shared memory hold; measured.
+constexpr int keys_of_tile(int width) {
+  return width == 256 ? 80 : width == 192 ? 96 : width == 80 || width == 96 ? 112 : 128;
+}
+
 template <class T_, int kWidth_, int kWarpgroups_, int kQueryStages_, bool kUnitKeys_, bool kTurns_,
           bool kHeld_>
 struct Plan {
@@ -30,8 +35,8 @@ struct Plan {
   static constexpr int kWidth = kWidth_;
   static constexpr int kWarpgroups = kWarpgroups_;    // that multiply, 64 queries each
   static constexpr int kQueries = 64 * kWarpgroups_;  // of a tile
-  static constexpr int kKeys = 128;                   // of a tile
-  static constexpr int kStages = 3;
+  static constexpr int kKeys = keys_of_tile(kWidth_);
+  static constexpr int kStages = kWidth_ > 128 ? 2 : 3;  // tiles of keys and of values under way
   static constexpr int kQueryStages = kQueryStages_;
   // Keys are unit vectors already; else warps that only fetch find 1 / |k| in shared memory.
   static constexpr bool kUnitKeys = kUnitKeys_;
@@ -47,8 +52,9 @@ struct Plan {
   static constexpr int kKeyGroups = kKeys / 32;
   static constexpr int kSlots = kStages + 1;  // of key factors: see Fetch::prepare
 
-  static constexpr int kQueryBytes = kQueries * kWidth * 2;
-  static constexpr int kKeyBytes = kKeys * kWidth * 2;
+  static constexpr int kPanels = (kWidth + 63) / 64;  // of 64 columns: rows of 128 bytes
+  static constexpr int kQueryBytes = kQueries * kPanels * 128;
+  static constexpr int kKeyBytes = kKeys * kPanels * 128;
   static constexpr int kKeyOffset = kQueryStages * kQueryBytes;
   static constexpr int kValueOffset = kKeyOffset + kStages * kKeyBytes;
   static constexpr int kFactorOffset = kValueOffset + kStages * kKeyBytes;
@@ -56,7 +62,7 @@ struct Plan {
   static constexpr int kBarriers = 3 * kQueryStages + 4 * kStages + kSlots;
   static constexpr int kSharedBytes = kBarrierOffset + kBarriers * 8;
 
-  static_assert(kWidth % 64 == 0);  // panels of rows of 128 bytes
+  static_assert(kWidth % 16 == 0);
   static_assert(kSharedBytes <= 227 * 1024);
 };
 

@@ -14,6 +14,21 @@ inline RowsOf rows_of(const Tensor& x) {
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
+// The columns of the tiles that rows lie in: those that kernels are made for.
+inline int64_t tile_width(int64_t width) {
+  for (const int64_t tile : {32, 64, 80, 96, 128, 192}) {
+    if (width <= tile) return tile;
+  }
+  return 256;
+}
+
+// The width that kernels going from row to row take for rows in tiles of kWidth columns.
+template <int kWidth>
+constexpr int kLanesWidth = kWidth <= 32    ? 32
+                            : kWidth <= 64  ? 64
+                            : kWidth <= 128 ? 128
+                                            : 256;
+
 // Blocks for the rows of a head, of the kernels that go from row to row.
 template <int kWidth>
 int row_blocks(int rows) {
@@ -98,11 +113,12 @@ struct Part {
 // Rows of keys as unit vectors, or of values as they are, in an order.
 template <class T, int kWidth, bool kUnit>
 Tensor in_order(const Device& device, const Tensor& x, const Order& order) {
-  Tensor result = allocate(x, {x.size(0), x.size(1), x.size(2), kWidth});
+  Tensor result = allocate(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   const int heads = static_cast<int>(x.size(0) * x.size(1));
   UnitKeys p{};
   p.key = rows_of(x), p.order = order;
   p.Hk = static_cast<int>(x.size(1)), p.N = static_cast<int>(x.size(2));
+  p.D = static_cast<int>(x.size(3));
   p.unit = result.data_ptr();
   const dim3 grid(static_cast<unsigned>(heads * row_blocks<kWidth>(p.N)));
   launch<&unit_keys_kernel<T, kWidth, kUnit>>(device, "cosine_sim: rows in order", grid, 256, 0, p);

@@ -42,8 +42,8 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, double s
   const int64_t width = query.size(3), N = key.size(2);
   STD_TORCH_CHECK(half || query.scalar_type() == ScalarType::BFloat16, kOp,
                   ": the kernel for Hopper is for 16 bits");
-  STD_TORCH_CHECK((width == 64 || width == 128) && value.size(3) == width, kOp,
-                  ": the kernel for Hopper must have D = E = 64 or 128");
+  STD_TORCH_CHECK(0 < width && width <= 256 && width % 8 == 0 && value.size(3) == width, kOp,
+                  ": the kernel for Hopper must have D = E, a multiple of 8 up to 256");
   const int64_t heads = query.size(0) * query.size(1);
   STD_TORCH_CHECK(N > 0 && heads * query.size(2) <= kMost && heads * N <= kMost, kOp,
                   ": the kernel for Hopper must have from 1 to 2**29 rows");
@@ -95,10 +95,12 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, std::option
     grads[i] = allocate(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   }
   const int64_t group = query.size(1) / key.size(1), width = query.size(3);
-  // Unit queries and sums of their gradients, unit keys, and values in their order.
-  const int64_t workspace =
-      group * query.size(2) * width * 6 + key.size(2) * width * (mask ? 4 : 2);
-  in_parts(query.size(0), key.size(1), workspace, 264 * kMega, [&](const Part& part) {
+  // Unit queries and keys, sums of gradients, and values in their order.
+  const int64_t sums = tile_width(width) * 4, key_sums = width > 128 ? width * 4 : 0;
+  const int64_t of_query = width * 2 + sums, of_key = width * (mask ? 4 : 2) + key_sums;
+  const int64_t workspace = group * query.size(2) * of_query + key.size(2) * of_key;
+  const int64_t most = (key_sums ? 396 : 264) * kMega;
+  in_parts(query.size(0), key.size(1), workspace, most, [&](const Part& part) {
     const Tensor g = part.of(grad_out, group), o = part.of(out, group), l = part.of(lse, group);
     const Tensor q = part.of(query, group), k = part.of(key), v = part.of(value);
     const std::optional<Tensor> of_lse =

@@ -27,7 +27,17 @@ ATTN_DEVICE float inverse_length(float squared) {
   return squared > 0.0f ? fminf(rsqrtf(squared), 1e12f) : 0.0f;
 }
 
-// 16 bytes of a row of a tile [D / 64][rows][64] that the copy engine has swizzled.
+// A tile [kPanels][kRows][64] of rows, from column `first` on: zeros for what is past the end.
+template <int kPanels, int kRows>
+ATTN_DEVICE void load_tile(unsigned char* to, const TensorMap* map, uint64_t* arrived, int row,
+                           int head, int batch, int first = 0) {
+  ATTN_UNROLL
+  for (int i = 0; i < kPanels; ++i) {
+    load_panel(to + i * kRows * 128, map, arrived, first + 64 * i, row, head, batch);
+  }
+}
+
+// 16 bytes of a row of a tile.
 template <int kRows>
 ATTN_DEVICE uint32_t* piece(unsigned char* tile, int row, int i) {
   return reinterpret_cast<uint32_t*>(tile + (i / 8 * kRows + row) * 128 + ((i % 8 ^ row % 8) * 16));

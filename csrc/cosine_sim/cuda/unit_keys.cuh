@@ -28,7 +28,8 @@ ATTN_DEVICE uint4 load_piece(const T* from) {
   return load4(reinterpret_cast<const uint32_t*>(from));
 }
 
-// Blocks of a head: each reads kAtOnce rows per lane group.
+// Rows of up to kWidth elements, a power of two: kWidth / 8 lanes share one. Blocks of a head: each
+// reads kAtOnce rows per lane group.
 template <int kWidth>
 constexpr int kAtOnce = 256 / kWidth;
 template <int kWidth>
@@ -47,7 +48,7 @@ struct Order {
 struct UnitKeys {
   RowsOf key;
   Order order;
-  int Hk, N;
+  int Hk, N, D;
   float* inverse;  // [B, Hk, N], or null
   void* unit;      // [B, Hk, N, D]
 };
@@ -65,7 +66,7 @@ ATTN_DEVICE void find_unit_keys(const UnitKeys& p, int number) {
   for (int i = 0; i < kAtOnce<kWidth>; ++i) {
     const int n = first + i * kRows;
     x[i] = make_uint4(0, 0, 0, 0);
-    if (n < p.N) {
+    if (n < p.N && part * 8 < p.D) {
       const int batch = head / p.Hk;
       x[i] = load_piece(row_of<T>(p.key, batch, head % p.Hk, p.order.of(batch, n)) + part * 8);
     }
@@ -80,7 +81,8 @@ ATTN_DEVICE void find_unit_keys(const UnitKeys& p, int number) {
     }
     if (n >= p.N) continue;
     if (part == 0 && p.inverse) p.inverse[row] = inverse;
-    store4(reinterpret_cast<uint32_t*>(static_cast<T*>(p.unit) + row * kWidth + part * 8),
+    if (part * 8 >= p.D) continue;
+    store4(reinterpret_cast<uint32_t*>(static_cast<T*>(p.unit) + row * p.D + part * 8),
            make_uint4(scaled<T>(x[i].x, inverse), scaled<T>(x[i].y, inverse),
                       scaled<T>(x[i].z, inverse), scaled<T>(x[i].w, inverse)));
   }
