@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from attn_ops._triton.tiles import padded
 
@@ -20,27 +19,28 @@ class Launch(NamedTuple):
     registers: int | None = None  # of a thread, at most: so that more programs run side by side
 
 
+LARGE = 227 << 10  # bytes of shared memory of a program on Hopper
 Table = dict[int, dict[int, list[Launch]]]
 
 
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use."""
     if device.type != "cuda":
-        return 227 << 10
+        return LARGE
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
-def choose(table: Table, tensor: Tensor, *widths: int, plain: bool, biased: bool = False) -> Launch:
-    """The launch for a dtype and the widest head.
+def choose(
+    table: Table, device: torch.device, size: int, *widths: int, plain: bool, biased: bool = False
+) -> Launch:
+    """The launch for elements of `size` bytes and the widest head.
 
     table[bytes per element][padded width, 64 or more] is a pair: for devices with 227 KB of shared
     memory as long as scores are `plain` products, and for everything else; and, where the same
     devices do better with another, a third one for products and a bias that comes in tiles.
     """
-    launches = table[tensor.element_size()][
-        max(64, *(padded(width, tensor.dtype) for width in widths))
-    ]
-    if not plain or shared_memory(tensor.device) < 227 << 10:
+    launches = table[size][max(padded(width, torch.bfloat16) for width in widths)]
+    if not plain or shared_memory(device) < LARGE:
         return launches[1]
     return launches[-1 if biased else 0]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from attn_ops._triton.descriptors import describable, tiles
 from attn_ops._triton.launch import Launch, choose, launch
+from attn_ops._triton.products import THREE, TWO, split
 from attn_ops._triton.tiles import row_major, strided
 from attn_ops._triton.visibility import Band
 from attn_ops.cosine_sim import (
@@ -31,7 +32,15 @@ from attn_ops.cosine_sim import (
     triton_forward,
     triton_normalize,
 )
-from attn_ops.cosine_sim.triton_core import Core, Inputs, contiguous, fixed_shift, prepare, stream
+from attn_ops.cosine_sim.triton_core import (
+    Core,
+    Inputs,
+    contiguous,
+    fixed_shift,
+    prepare,
+    splits,
+    stream,
+)
 from attn_ops.cosine_sim.triton_launches import (
     FORWARD,
     GRAD_BIAS,
@@ -57,16 +66,20 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     out = inputs.query.new_empty(batch, heads, num_queries, inputs.value.shape[3])
     lse = inputs.query.new_empty(batch, heads, num_queries, dtype=torch.float32)
     with torch.cuda.device_of(inputs.query):
-        # 16-bit queries go to the matrix units from registers, where they can be normalised.
-        raw = inputs.groups == 1 and inputs.query_gain is None and out.element_size() == 2
+        # Queries of 16 bits go to the matrix units from registers, where they can be normalised.
+        raw = inputs.groups == 1 and inputs.query_gain is None
+        raw = raw and (out.element_size() == 2 or splits(inputs, FORWARD))
         core = prepare(inputs, raw_query=raw, squares=True)
+        if splits(inputs, FORWARD):
+            scores = TWO if inputs.are_bounded() else THREE
+            core = core.split(scores, *(["key"] if raw else ["query", "key"]))
         sizes = core.sizes(FORWARD)
         launch(
             triton_forward.forward_kernel, batch * heads * triton.cdiv(num_queries, sizes.rows),
             sizes, *core.operands(sizes.rows, sizes.columns),
             tiles(out, sizes.rows, core.constants["BE"]), lse, contiguous(inputs.sink),
             core.scoring, core.terms, inputs.keys_seen(), shift,
-            **core.constants, BM=sizes.rows, BN=sizes.columns, NORMALIZE=raw,
+            **core.constants, BM=sizes.rows, BN=sizes.columns, SCORES=core.scores, NORMALIZE=raw,
         )  # fmt: skip
     return out, lse
 
@@ -80,8 +93,10 @@ def backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Ten
         grads_of_rows = cuda.backward(inputs, grad_out, grad_lse, out, lse)
         return (*grads_of_rows, *(inputs.query.new_empty(0) for _ in GRADS[3:]))
     with torch.cuda.device_of(inputs.query):
-        core = prepare(inputs, squares=True)
-        rows = Rows(row_major(grad_out), lse.contiguous(), _delta(out, grad_out, grad_lse))
+        core, gradient = prepare(inputs, squares=True), row_major(grad_out)
+        if splits(inputs, GRAD_KEY_VALUE):
+            core, gradient = core.split(THREE, "query", "key"), split(gradient, THREE)
+        rows = Rows(gradient, lse.contiguous(), _delta(out, grad_out, grad_lse))
         grads: dict[str, Tensor | None] = {}
         batches = _shares_rows(inputs, inputs.keys_seen())
         if batches and "bias" in wanted and "query" in wanted:
@@ -267,7 +282,9 @@ def _grad_relative_bias(core: Core, rows: Rows, band: Band) -> Tensor:
     num_keys = core.key.shape[2]
     grad = core.query.new_empty(heads, max(num_queries + num_keys - 1, 0), dtype=torch.float32)
     widths = core.query.shape[3], core.value.shape[3]
-    sizes = choose(GRAD_RELATIVE_BIAS, core.query, *widths, plain=True)
+    sizes = choose(
+        GRAD_RELATIVE_BIAS, core.query.device, core.query.element_size(), *widths, plain=True
+    )
     block = sizes.rows
     diagonals = triton.cdiv(num_queries, block) + triton.cdiv(num_keys, block) - 1
     if grad.numel() == 0 or num_queries == 0 or num_keys == 0:

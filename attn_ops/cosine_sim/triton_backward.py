@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from attn_ops._triton.bias import add_pair_terms, load_bias_tile
+from attn_ops._triton.products import add_product, load_factor, product, transposed
 from attn_ops._triton.softmax import LOG2_E, probabilities
 from attn_ops._triton.tiles import load_per_row, load_rows, owner, store_rows
 from attn_ops._triton.visibility import block_range, hide_outside, interval
@@ -66,7 +67,7 @@ def grad_of_scores(
     queries and keys have the shape that
     broadcasts.
     """
-    score = tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * factor
+    score = product(rows, transposed(columns, PRECISION), PRECISION) * factor
     if bias is not None:
         score += bias.to(tl.float32)
     score = add_pair_terms(
@@ -74,7 +75,7 @@ def grad_of_scores(
     )
     score = hide_outside(score, limit_columns, limits)
     weights = probabilities(score, lse, BITS)
-    grad_weights = tl.dot(grad_rows, tl.trans(grad_columns), input_precision=PRECISION)
+    grad_weights = product(grad_rows, transposed(grad_columns, PRECISION), PRECISION)
     return weights, weights * (grad_weights - delta)
 
 
@@ -82,15 +83,16 @@ def grad_of_scores(
 def _sweep_keys(
     grad_q, q, do, key, value, bias, row_lse, row_delta, scoring, terms, batch, head, first_query,
     queries, factor, limits, num_keys, begin, count, before, gap,
-    D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what `count` blocks of keys from `begin` on give to grad_q; see `_attend`."""
     kv_head = head // scoring.heads_per_group
     for i in range(count):
         first_key = (begin + i + tl.where(i < before, 0, gap)) * BN
         keys = first_key + tl.arange(0, BN)[None, :]
-        k = load_rows(key, batch, kv_head, first_key, num_keys, D, BN, q.shape[1])
-        v = load_rows(value, batch, kv_head, first_key, num_keys, E, BN, do.shape[1])
+        k = load_factor(key, batch, kv_head, first_key, num_keys, D, BN, BD, PRECISION)
+        v = load_factor(value, batch, kv_head, first_key, num_keys, E, BN, BE, PRECISION)
         tile = None
         if bias is not None:
             tile = load_bias_tile(bias, batch, head, first_query, first_key, scoring.num_queries)
@@ -98,7 +100,7 @@ def _sweep_keys(
             q, k, do, v, row_lse[:, None], row_delta[:, None], tile, scoring, terms, batch, head,
             queries[:, None], keys, factor, keys, limits, BITS, PRECISION,
         )  # fmt: skip
-        grad_q = tl.dot(grad_score.to(k.dtype), k, grad_q, input_precision=PRECISION)
+        grad_q = add_product(grad_q, grad_score, k, PRECISION)
     return grad_q
 
 
@@ -124,21 +126,21 @@ def grad_query_kernel(
     factor = scoring.factor
     if scoring.head_scale is not None:
         factor *= tl.load(scoring.head_scale + head)
-    q = load_rows(query, batch, head, block * BM, num_queries, D, BM, BD)
-    do = load_rows(grad_out, batch, head, block * BM, num_queries, E, BM, BE)
+    q = load_factor(query, batch, head, block * BM, num_queries, D, BM, BD, PRECISION)
+    do = load_factor(grad_out, batch, head, block * BM, num_queries, E, BM, BE, PRECISION)
     row_lse, row_delta = load_row_statistics(lse, delta, scoring, batch, head, block * BM, BM, BITS)
     grad_q = tl.zeros([BM, BD], tl.float32)
     grad_q = _sweep_keys(
         grad_q, q, do, key, value, bias, row_lse, row_delta, scoring, terms, batch, head,
         block * BM, queries, factor, None, None, full_begin, full_end - full_begin, 0, 0, D, E, BN,
-        BITS, PRECISION,
+        BD, BE, BITS, PRECISION,
     )  # fmt: skip
     left, right = full_begin - begin, end - full_end
     grad_q = _sweep_keys(
         grad_q, q, do, key, value, bias, row_lse, row_delta, scoring, terms, batch, head,
         block * BM, queries, factor, (first, past), num_keys, begin, left + right, left,
         full_end - full_begin,
-        D, E, BN, BITS, PRECISION,
+        D, E, BN, BD, BE, BITS, PRECISION,
     )  # fmt: skip
     if source is not None:
         x = load_rows(source, batch, head, block * BM, num_queries, D, BM, BD)
@@ -150,14 +152,15 @@ def grad_query_kernel(
 def _sweep_queries(
     grad_k, grad_v, k, v, query, bias, grad_out, lse, delta, scoring, terms, batch, head, first_key,
     keys, factor, share, limits, num_queries, begin, count, before, gap,
-    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    BITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what `count` blocks of queries from `begin` on give to grad_k and grad_v."""
     for i in range(count):
         first_query = (begin + i + tl.where(i < before, 0, gap)) * BM
         queries = first_query + tl.arange(0, BM)[None, :]
-        q = load_rows(query, batch, head, first_query, num_queries, D, BM, k.shape[1])
-        do = load_rows(grad_out, batch, head, first_query, num_queries, E, BM, v.shape[1])
+        q = load_factor(query, batch, head, first_query, num_queries, D, BM, BD, PRECISION)
+        do = load_factor(grad_out, batch, head, first_query, num_queries, E, BM, BE, PRECISION)
         row_lse, row_delta = load_row_statistics(
             lse, delta, scoring, batch, head, first_query, BM, BITS
         )
@@ -169,10 +172,10 @@ def _sweep_queries(
             k, q, v, do, row_lse[None, :], row_delta[None, :], tile, scoring, terms, batch, head,
             queries, keys[:, None], factor, queries, limits, BITS, PRECISION,
         )  # fmt: skip
-        grad_v = tl.dot(weights.to(do.dtype), do, grad_v, input_precision=PRECISION)
+        grad_v = add_product(grad_v, weights, do, PRECISION)
         if share is not None:
             grad_score *= share
-        grad_k = tl.dot(grad_score.to(q.dtype), q, grad_k, input_precision=PRECISION)
+        grad_k = add_product(grad_k, grad_score, q, PRECISION)
     return grad_k, grad_v
 
 
@@ -198,8 +201,8 @@ def grad_key_value_kernel(
     begin, full_begin, full_end, end = block_range(first, past, BM)
     left, right = full_begin - begin, end - full_end
 
-    k = load_rows(key, batch, kv_head, block * BN, num_keys, D, BN, BD)
-    v = load_rows(value, batch, kv_head, block * BN, num_keys, E, BN, BE)
+    k = load_factor(key, batch, kv_head, block * BN, num_keys, D, BN, BD, PRECISION)
+    v = load_factor(value, batch, kv_head, block * BN, num_keys, E, BN, BE, PRECISION)
     grad_k = tl.zeros([BN, BD], tl.float32)
     grad_v = tl.zeros([BN, BE], tl.float32)
     for member in range(scoring.heads_per_group):
@@ -212,13 +215,13 @@ def grad_key_value_kernel(
         grad_k, grad_v = _sweep_queries(
             grad_k, grad_v, k, v, query, bias, grad_out, lse, delta, scoring, terms, batch, head,
             block * BN, keys, factor, share, None, None, full_begin, full_end - full_begin, 0, 0,
-            D, E, BM, BITS, PRECISION,
+            D, E, BM, BD, BE, BITS, PRECISION,
         )  # fmt: skip
         grad_k, grad_v = _sweep_queries(
             grad_k, grad_v, k, v, query, bias, grad_out, lse, delta, scoring, terms, batch, head,
             block * BN, keys, factor, share, (first, past), num_queries, begin, left + right, left,
             full_end - full_begin,
-            D, E, BM, BITS, PRECISION,
+            D, E, BM, BD, BE, BITS, PRECISION,
         )  # fmt: skip
     if grad_key is not None:
         if source is not None:

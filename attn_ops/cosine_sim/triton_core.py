@@ -6,7 +6,7 @@ E value width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from attn_ops._triton import descriptors
 from attn_ops._triton.bias import PairTerms, expand_diagonals, pair_terms
 from attn_ops._triton.descriptors import describable, descriptor, square_descriptor, tiles
 from attn_ops._triton.launch import (
+    LARGE,
     Launch,
     Table,
     choose,
@@ -24,10 +25,12 @@ from attn_ops._triton.launch import (
     launch,
     shared_memory,
 )
+from attn_ops._triton.products import THREE, reads_terms, split
 from attn_ops._triton.softmax import LOG2_E
 from attn_ops._triton.tiles import padded, row_major, strided
 from attn_ops._triton.visibility import Band, keys_seen, queries_seeing
 from attn_ops.cosine_sim import triton_normalize
+from attn_ops.cosine_sim.triton_launches import SPLIT
 from attn_ops.masks import UNBOUNDED
 
 BITS_PER_NAT = LOG2_E.value
@@ -61,6 +64,10 @@ class Inputs(NamedTuple):
         causal_or_not = self.left == UNBOUNDED and self.right in (0, UNBOUNDED)
         return self.groups == 1 and causal_or_not and all(x is None for x in self[3:12])
 
+    def are_bounded(self) -> bool:
+        """Whether what enters the dot product is at most 1."""
+        return self.groups > 0 and self.query_gain is None and self.key_gain is None
+
     def keys_seen(self) -> Band:
         lengths = self.query.shape[2], self.key.shape[2]
         return keys_seen(*lengths, self.left, self.right, self.start, self.stop)
@@ -83,7 +90,10 @@ class Scoring(NamedTuple):
 
 @dataclass
 class Core:
-    """What the core kernels read. query and key are as they enter the dot product."""
+    """What the core kernels read. query and key are as they enter the dot product.
+
+    scores: how those two are multiplied, as constants["PRECISION"] says of the others.
+    """
 
     query: Tensor
     key: Tensor
@@ -91,6 +101,7 @@ class Core:
     scoring: Scoring
     bias: Tensor | None  # if it comes in tiles: then the terms have none
     terms: PairTerms
+    scores: str
     constants: dict[str, Any]
 
     def operands(self, queries: int, keys: int) -> tuple[Any, ...]:
@@ -111,8 +122,21 @@ class Core:
 
     def sizes(self, table: Table) -> Launch:
         widths = self.query.shape[3], self.value.shape[3]
+        size = SPLIT if self.constants["PRECISION"] == THREE else self.value.element_size()
         plain, biased = self.terms.absent(), self.bias is not None
-        return choose(table, self.query, *widths, plain=plain, biased=biased)
+        return choose(table, self.value.device, size, *widths, plain=plain, biased=biased)
+
+    def split(self, scores: str, *names: str) -> Core:
+        """The same with float32 as terms of 16 bits: value, and, by `scores`, `names`.
+
+        These are query and key, but for one that is to be normalised yet.
+        """
+        query, key = (
+            split(x, scores) if name in names else x
+            for name, x in (("query", self.query), ("key", self.key))
+        )
+        value, constants = split(self.value, THREE), self.constants | {"PRECISION": THREE}
+        return replace(self, query=query, key=key, value=value, scores=scores, constants=constants)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
@@ -152,6 +176,21 @@ def precision(inputs: Inputs) -> str:
     return "bf16x6" if split else chosen
 
 
+def splits(inputs: Inputs, table: Table) -> bool:
+    """Whether float32 is split once, into tensors of terms that matrix units read from memory.
+
+    table: of the kernel, which has launches for these widths.
+    """
+    widths = inputs.query.shape[3], inputs.value.shape[3]
+    return (
+        precision(inputs) == "bf16x6"
+        and inputs.mask is inputs.bias is inputs.relative_bias is None
+        and reads_terms(inputs.value.device)
+        and all(width % 8 == 0 for width in widths)
+        and max(padded(width, torch.bfloat16) for width in widths) in table[SPLIT]
+    )
+
+
 def prepare(inputs: Inputs, *, raw_query: bool = False, squares: bool = False) -> Core:
     """Normalises queries, unless they are wanted raw, and keys, and describes the rest.
 
@@ -173,17 +212,17 @@ def prepare(inputs: Inputs, *, raw_query: bool = False, squares: bool = False) -
     factor = inputs.scale * (BITS_PER_NAT / bits)
     head_scale = contiguous(inputs.head_scale)
     scoring = Scoring(factor, head_scale, heads, heads // kv_heads, num_queries, num_keys)
+    multiplied = precision(inputs)
     constants = {
         "D": width, "E": value_width, "BD": padded(width, torch.bfloat16),
-        "BE": padded(value_width, torch.bfloat16), "BITS": bits, "PRECISION": precision(inputs),
+        "BE": padded(value_width, torch.bfloat16), "BITS": bits, "PRECISION": multiplied,
     }  # fmt: skip
     query = inputs.query
     if not raw_query:
         query = unit(query, inputs.query_gain, inputs.groups)
     key = unit(inputs.key, inputs.key_gain, inputs.groups)
-    return Core(
-        row_major(query), key, row_major(inputs.value), scoring, tiles_of_bias, terms, constants
-    )
+    value = row_major(inputs.value)
+    return Core(row_major(query), key, value, scoring, tiles_of_bias, terms, multiplied, constants)
 
 
 def _in_tiles(bias: Tensor, query: Tensor, num_keys: int) -> bool:
@@ -201,7 +240,7 @@ def _in_squares(inputs: Inputs) -> bool:
     lengths = query.shape[2], value.shape[2]
     expanded = query.shape[1] * sum(lengths) * SQUARE * inputs.relative_bias.element_size()
     narrow = query.element_size() == 2 and max(query.shape[3], value.shape[3]) <= 128
-    large = descriptors.has_descriptors(device) and shared_memory(device) >= 227 << 10
+    large = descriptors.has_descriptors(device) and shared_memory(device) >= LARGE
     return narrow and large and min(lengths) >= FEWEST_ROWS and expanded <= MOST_BYTES
 
 

@@ -2,7 +2,10 @@
 
 Weights are relative to a fixed shift, so that the sums of spans simply add. A program takes all
 query heads of a group and all queries as its rows, and reads keys and values once for all of them;
-keys are not written normalised: 1 / |k| multiplies a column of scores.
+keys are not written normalised: 1 / |k| multiplies a row of scores.
+
+Tiles of scores are [keys, rows], and of sums [values, rows]: the matrix units then take keys and
+values from shared memory, and as few rows as there are.
 
 Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width, E value
 width, S spans; R = H / Hk * M rows, BR x BN scores at a time.
@@ -14,7 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from attn_ops._triton import descriptors
 from attn_ops._triton.descriptors import tiles
 from attn_ops._triton.launch import choose, launch
 from attn_ops._triton.softmax import log_sum
@@ -26,28 +31,31 @@ from attn_ops.cosine_sim.triton_normalize import inverse_norm, unit_rows
 
 MOST_ROWS = {2: 64, 4: 32}  # by bytes per element; more of float32 would spill
 FEWEST_KEYS = 1024
-# Four for each multiprocessor of an H200, of which two at a time fit its shared memory.
-PROGRAMS = 528
+# Two for each multiprocessor of an H200, which its shared memory holds side by side.
+PROGRAMS = 264
 
 
 @triton.jit
 def _add_keys(
-    out, total, q, key, value, batch, kv_head, begin, end, factor, shift, past, num_keys,
+    out, sums, q, key, value, batch, kv_head, begin, end, factor, shift, past, num_keys,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys [begin, end); past [BR] and num_keys are None where every row sees all of them."""
+    """Adds keys [begin, end) to out [BE, BR] and weights to sums [BN, BR].
+
+    past [BR] and num_keys are None where every row sees all of these keys.
+    """
     for first_key in range(begin, end, BN):
         k = load_rows(key, batch, kv_head, first_key, num_keys, D, BN, q.shape[1])
         inverse, _ = inverse_norm(k.to(tl.float32))
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (inverse * factor)[None, :]
+        score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (inverse * factor)[:, None]
         if past is not None:
             keys = first_key + tl.arange(0, BN)
-            score = tl.where(keys[None, :] < past[:, None], score, float("-inf"))
+            score = tl.where(keys[:, None] < past[None, :], score, float("-inf"))
         weights = tl.exp2(score - shift)
-        total += tl.sum(weights, 1)
+        sums += weights
         v = load_rows(value, batch, kv_head, first_key, num_keys, E, BN, BE)
-        out = tl.dot(weights.to(v.dtype), v, out, input_precision=PRECISION)
-    return out, total
+        out = tl.dot(tl.trans(v), weights.to(v.dtype), out, input_precision=PRECISION)
+    return out, sums
 
 
 @triton.jit
@@ -55,9 +63,11 @@ def span_kernel(
     query, key, value, out, total, num_heads, heads_per_group, num_queries, num_keys, span, spans,
     band, factor, shift,
     D: tl.constexpr, E: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out [S, B, H, M, E] and total [S, B, H, M]: the sums over one span of keys of one head."""
+    if OVERLAP:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     kv_heads = num_heads // heads_per_group
     part = program % spans
@@ -78,8 +88,8 @@ def span_kernel(
     begin = part * span
     end = tl.minimum(begin + span, tl.max(past))
     full_end = begin + tl.maximum(tl.minimum(end, tl.min(past)) - begin, 0) // BN * BN
-    accumulator = tl.zeros([BR, BE], tl.float32)
-    sums = tl.zeros([BR], tl.float32)
+    accumulator = tl.zeros([BE, BR], tl.float32)
+    sums = tl.zeros([BN, BR], tl.float32)
     accumulator, sums = _add_keys(
         accumulator, sums, q, key, value, batch, kv_head, begin, full_end, factor, shift,
         None, None, D, E, BN, BE, PRECISION,
@@ -93,22 +103,24 @@ def span_kernel(
     batches = tl.num_programs(0) // spans // kv_heads
     matrix = (part * batches + batch) * num_heads + kv_head * heads_per_group
     at = matrix * num_queries + rows
-    tl.store(total + at, sums, mask=exists)
+    tl.store(total + at, tl.sum(sums, 0), mask=exists)
     columns = tl.arange(0, BE)
-    inside = exists[:, None] & (columns < E)[None, :]
-    tl.store(out + at[:, None] * E + columns[None, :], accumulator, mask=inside)
+    inside = exists[None, :] & (columns < E)[:, None]
+    tl.store(out + at[None, :] * E + columns[:, None], accumulator, mask=inside)
 
 
 @triton.jit
 def add_spans_kernel(
     part_out, part_total, out, lse, num_rows, spans, shift,
-    E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
+    E: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out [E] and lse of one query, from part_out [S, B, H, M, E] and part_total [S, B, H, M]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BE)
     accumulator = tl.zeros([BE], tl.float32)
     total = 0.0
+    if OVERLAP:
+        gdc_wait()
     for first in range(0, spans, BS):
         parts = first + tl.arange(0, BS)
         at = parts.to(tl.int64) * num_rows + row
@@ -144,7 +156,7 @@ def forward(inputs: Inputs, shift: float) -> tuple[Tensor, Tensor]:
     batch, heads, num_queries, width = query.shape
     kv_heads, num_keys, value_width = value.shape[1:]
     group = heads // kv_heads
-    sizes = choose(DECODE, query, width, value_width, plain=True)
+    sizes = choose(DECODE, query.device, query.element_size(), width, value_width, plain=True)
     span = _span(num_keys, batch * kv_heads, sizes.columns)
     spans = triton.cdiv(num_keys, span)
     widths = {"BD": padded(width, torch.bfloat16), "BE": padded(value_width, torch.bfloat16)}
@@ -153,6 +165,9 @@ def forward(inputs: Inputs, shift: float) -> tuple[Tensor, Tensor]:
     lse = query.new_empty(rows, dtype=torch.float32)
     part_out = lse.new_empty(spans, *rows, value_width)
     part_total = lse.new_empty(spans, *rows)
+    overlap = descriptors.has_descriptors(
+        query.device
+    )  # Hopper starts the second kernel during the first
     with torch.cuda.device_of(query):
         launch(
             span_kernel, batch * kv_heads * spans, sizes,
@@ -161,12 +176,13 @@ def forward(inputs: Inputs, shift: float) -> tuple[Tensor, Tensor]:
             heads, group, num_queries, num_keys, span, spans, inputs.keys_seen(),
             inputs.scale * BITS_PER_NAT, shift, D=width, E=value_width,
             BR=max(16, triton.next_power_of_2(group * num_queries)), BN=sizes.columns,
-            PRECISION=precision(inputs), **widths,
+            PRECISION=precision(inputs), OVERLAP=overlap, **widths,
         )  # fmt: skip
         sizes = stream(value_width)
         launch(
             add_spans_kernel, batch * heads * num_queries, sizes,
             part_out, part_total, out, lse, batch * heads * num_queries, spans, shift,
-            E=value_width, BS=sizes.rows, BE=sizes.columns,
+            E=value_width, BS=min(sizes.rows, triton.next_power_of_2(spans)), BE=sizes.columns,
+            OVERLAP=overlap, launch_pdl=overlap,
         )  # fmt: skip
     return out, lse

@@ -9,6 +9,13 @@ import triton
 import triton.language as tl
 
 from attn_ops._triton.bias import add_pair_terms, load_bias_tile
+from attn_ops._triton.products import (
+    add_product,
+    as_factor,
+    load_factor,
+    product,
+    transposed,
+)
 from attn_ops._triton.softmax import log_add, log_sum, running_maximum_step
 from attn_ops._triton.tiles import load_rows, owner, store_rows
 from attn_ops._triton.visibility import block_range, hide_outside, interval
@@ -19,8 +26,8 @@ from attn_ops.cosine_sim.triton_normalize import unit_rows
 def _attend(
     out, total, maximum, q, key, value, bias, scoring, terms, batch, head, queries, first_query,
     factor, shift, limits, num_keys, begin, count, before, gap,
-    D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
-    BITS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    BITS: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds `count` blocks of keys from `begin` on; after `before` of them it jumps over `gap`.
 
@@ -30,8 +37,8 @@ def _attend(
     for i in range(count):
         first_key = (begin + i + tl.where(i < before, 0, gap)) * BN
         keys = first_key + tl.arange(0, BN)
-        k = load_rows(key, batch, kv_head, first_key, num_keys, D, BN, q.shape[1])
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        k = load_factor(key, batch, kv_head, first_key, num_keys, D, BN, BD, SCORES)
+        score = product(q, transposed(k, SCORES), SCORES) * factor
         if bias is not None:
             tile = load_bias_tile(bias, batch, head, first_query, first_key, scoring.num_queries)
             score += tile.to(tl.float32)
@@ -47,8 +54,8 @@ def _attend(
         else:
             weights = tl.exp2(score - shift)
         total += tl.sum(weights, 1)
-        v = load_rows(value, batch, kv_head, first_key, num_keys, E, BN, BE)
-        out = tl.dot(weights.to(v.dtype), v, out, input_precision=PRECISION)
+        v = load_factor(value, batch, kv_head, first_key, num_keys, E, BN, BE, PRECISION)
+        out = add_product(out, weights, v, PRECISION)
     return out, total, maximum
 
 
@@ -56,12 +63,12 @@ def _attend(
 def forward_kernel(
     query, key, value, bias, out, lse, sink, scoring, terms, band, shift,
     D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BITS: tl.constexpr, SCORES: tl.constexpr,
+    PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """A program owns BM queries of one head, and normalises them if they are not unit vectors yet.
 
-    `shift` None: the running maximum is subtracted.
+    `shift` None: the running maximum is subtracted. SCORES: the precision of queries and keys.
     """
     num_queries, num_keys = scoring.num_queries, scoring.num_keys
     blocks = tl.cdiv(num_queries, BM)
@@ -74,9 +81,11 @@ def forward_kernel(
     factor = scoring.factor
     if scoring.head_scale is not None:
         factor *= tl.load(scoring.head_scale + head)
-    q = load_rows(query, batch, head, block * BM, num_queries, D, BM, BD)
     if NORMALIZE:
-        q = unit_rows(q)
+        q = load_rows(query, batch, head, block * BM, num_queries, D, BM, BD)
+        q = as_factor(unit_rows(q), SCORES)
+    else:
+        q = load_factor(query, batch, head, block * BM, num_queries, D, BM, BD, SCORES)
     total = tl.zeros([BM], tl.float32)
     maximum = tl.full([BM], float("-inf"), tl.float32)
     accumulator = tl.zeros([BM, BE], tl.float32)
@@ -84,14 +93,14 @@ def forward_kernel(
         accumulator, total, maximum, q, key, value, bias, scoring, terms, batch, head, queries,
         block * BM, factor, shift,
         None, None, full_begin, full_end - full_begin, 0, 0,
-        D, E, BN, BE, BITS, PRECISION,
+        D, E, BN, BD, BE, BITS, SCORES, PRECISION,
     )  # fmt: skip
     left, right = full_begin - begin, end - full_end
     accumulator, total, maximum = _attend(
         accumulator, total, maximum, q, key, value, bias, scoring, terms, batch, head, queries,
         block * BM, factor, shift,
         (first, past), num_keys, begin, left + right, left, full_end - full_begin,
-        D, E, BN, BE, BITS, PRECISION,
+        D, E, BN, BD, BE, BITS, SCORES, PRECISION,
     )  # fmt: skip
 
     if shift is not None:

@@ -34,7 +34,7 @@ def jvp(*args: Any) -> tuple[Tensor, Tensor]:
     """`attn::_cosine_sim_jvp`: in one pass, or by the formula where its blocks would not fit."""
     query, _, value = args[:3]
     widest = max(padded(x.shape[3], torch.bfloat16) for x in (query, value))
-    dtype, _ = _operands_dtype(value.dtype)
+    dtype = _operands_dtype(value.dtype)
     return (_jvp if widest in JVP[dtype.itemsize] else FORWARD_MODE.in_blocks)(*args)
 
 
@@ -48,7 +48,7 @@ def _jvp(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """tangent_out [B, H, M, E] and tangent_lse [B, H, M] float32."""
     batch, heads, num_queries, _ = query.shape
-    dtype, precision = _operands_dtype(value.dtype)
+    dtype = _operands_dtype(value.dtype)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     tangents = [tangent_query, tangent_key, tangent_value]
     tangents = [None if x is None else row_major(x.to(dtype)) for x in tangents]
@@ -61,8 +61,7 @@ def _jvp(
     tangent_lse = out.new_empty(lse.shape, dtype=compute_dtype(out.dtype))
     with torch.cuda.device_of(query):
         core = prepare(inputs)
-        constants = core.constants | ({} if precision is None else {"PRECISION": precision})
-        sizes = core.sizes(JVP)
+        constants, sizes = core.constants, core.sizes(JVP)
         pairs = (batch, heads, num_queries, key.shape[2])
         widths = (constants["BD"], constants["BD"], constants["BE"])
         rows = (sizes.rows, sizes.columns, sizes.columns)
@@ -96,12 +95,13 @@ def unit_jvp(x: Tensor, tangent: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         return unit(x, None, groups), tangent_unit
 
 
-def _operands_dtype(dtype: torch.dtype) -> tuple[torch.dtype, str | None]:
-    """What the matrix units multiply, and how, None as in the forward.
+def _operands_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is multiplied.
 
-    float16 has the digits for tangents, not the range: tf32 has both.
+    float16 has not the range for tangents, and tf32 not the digits: sums of P S' value cancel
+    against what all S' of a row share.
     """
-    return (torch.float32, "tf32") if dtype == torch.float16 else (dtype, None)
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attn_ops._triton.launch import Launch, Table
 
+SPLIT = 6  # bytes of an element of float32 as three bfloat16
 # rows, columns, warps, stages. First where a program may use 227 KB of shared memory and scores are
 # plain products; second, within 99 KB, elsewhere; third as the first, with a bias that comes in
 # tiles, where the second does not serve it. Checked by tests/triton/test_compile.py.
@@ -18,6 +19,10 @@ FORWARD: Table = {
         128: [Launch(128, 64, 8, 1), Launch(32, 32, 4, 1)],
         256: [Launch(32, 32, 8, 2), Launch(32, 16, 8, 1)],
     },
+    SPLIT: {
+        64: [Launch(64, 32, 4, 2)] * 2,
+        128: [Launch(64, 32, 4, 2)] * 2,
+    },
 }
 # Of few queries: columns are keys, and rows the most there are.
 DECODE: Table = {
@@ -27,8 +32,8 @@ DECODE: Table = {
         256: [Launch(64, 32, 8, 3), Launch(64, 32, 8, 2)],
     },
     4: {
-        64: [Launch(32, 64, 8, 2), Launch(32, 32, 8, 1)],
-        128: [Launch(32, 32, 8, 2), Launch(32, 32, 8, 1)],
+        64: [Launch(32, 32, 8, 2), Launch(32, 32, 8, 1)],
+        128: [Launch(32, 16, 8, 2), Launch(32, 16, 8, 1)],
         256: [Launch(32, 16, 8, 2), Launch(32, 16, 8, 1)],
     },
 }
@@ -44,6 +49,10 @@ GRAD_QUERY: Table = {
         128: [Launch(128, 32, 8, 1), Launch(32, 32, 8, 1)],
         256: [Launch(32, 16, 4, 1), Launch(32, 16, 8, 1)],
     },
+    SPLIT: {
+        64: [Launch(128, 64, 8, 2)] * 2,
+        128: [Launch(64, 32, 8, 2)] * 2,
+    },
 }
 # rows are keys
 GRAD_KEY_VALUE: Table = {
@@ -56,6 +65,10 @@ GRAD_KEY_VALUE: Table = {
         64: [Launch(64, 32, 4, 1), Launch(32, 32, 4, 1)],
         128: [Launch(128, 32, 8, 1), Launch(32, 32, 8, 1)],
         256: [Launch(32, 16, 8, 1), Launch(16, 16, 4, 1)],
+    },
+    SPLIT: {
+        64: [Launch(128, 64, 8, 2)] * 2,
+        128: [Launch(64, 32, 8, 2)] * 2,
     },
 }
 # rows are queries, columns keys

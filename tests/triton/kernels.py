@@ -7,8 +7,11 @@ bfloat16 is left out: the interpreter's dot product of it is silently wrong.
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from attn_ops import _library
 from tests.conformance.evaluate import assert_agrees, assert_arguments_agree
@@ -22,6 +25,7 @@ if DEVICE == "cpu":
     _library.implement("_cosine_sim_fwd", _kernels.forward, "CPU")
     _library.implement("_cosine_sim_bwd", _kernels.backward, "CPU")
 
+multiply = InterpreterBuilder.create_dot
 ONE = Case(batch=1, heads=1, kv_heads=1, width=16, value_width=16)
 # What the small cases of the specification leave out: more than one block in each direction.
 LONG = {
@@ -74,11 +78,32 @@ DECODE = {
         SHORT,
     ),
 }
+# float32 as sums of 16-bit terms: unit vectors as two float16, all else as three bfloat16.
+SPLIT = {
+    "blocks of every kind": LONG["blocks of every kind"],
+    "grouped heads": DESCRIBED["grouped heads"].but(value_width=40),
+    "a scale too large for a fixed shift": ONE.but(queries=70, keys=70, options={"scale": 100.0}),
+    "slices": DESCRIBED["slices"],
+    "gains": ONE.but(queries=40, keys=70, options={"query_gain": "HD", "key_gain": "D"}),
+    "without norms": ONE.but(queries=40, keys=70, options={"normalize": False, "scale": 0.35}),
+}
 EXTREME = {
     "a large scale": {"scale": 1e4},
     "slices and a large scale": {"scale": 16.0, "groups": 8},
     "scale zero": {"scale": 0.0},
 }
+
+
+def dot_of_bfloat16(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    """What the interpreter does, but for operands of bfloat16, of which it multiplies the bits."""
+    return multiply(self, *(as_float32(x) for x in (a, b)), *rest)
+
+
+def as_float32(x: Any) -> Any:
+    if x.dtype.scalar != triton.language.bfloat16:
+        return x
+    wide = (x.data.astype(np.uint32) << 16).view(np.float32)
+    return TensorHandle(wide, triton.language.float32)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +138,30 @@ def test_tiles_of_diagonals_agree_with_the_formula(
     monkeypatch.setattr(triton_core, "FEWEST_ROWS", 1)
     case = ONE.but(batch=2, heads=2, queries=130, keys=200, relative_bias="H", causal=causal)
     assert_agrees(SPEC, case, torch.float16, device)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_products_of_terms_are_as_exact_as_those_of_float32(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper float32 enters the products as sums of 16-bit terms."""
+    from attn_ops._triton import descriptors
+    from attn_ops.cosine_sim import triton_core
+
+    calls = []
+    split = triton_core.split
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return split(*args)
+
+    monkeypatch.setattr(triton_core, "split", counted)
+    if device.type == "cpu":
+        monkeypatch.setattr(triton_core, "precision", lambda inputs: "bf16x6")
+        monkeypatch.setattr(descriptors, "has_descriptors", lambda device: True)
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_of_bfloat16)
+    assert_agrees(SPEC, SPLIT[name], torch.float32, device)
+    assert calls, "float32 was multiplied otherwise"
 
 
 @pytest.mark.parametrize("name", DECODE)
