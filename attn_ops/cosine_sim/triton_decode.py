@@ -2,10 +2,11 @@
 
 Weights are relative to a fixed shift, so that the sums of spans simply add. A program takes all
 query heads of a group and all queries as its rows, and reads keys and values once for all of them;
-keys are not written normalised: 1 / |k| multiplies a row of scores.
+keys are not written normalised: 1 / |k| multiplies their scores.
 
-Tiles of scores are [keys, rows], and of sums [values, rows]: the matrix units then take keys and
-values from shared memory, and as few rows as there are.
+Of 16 bits tiles of scores are [keys, rows], and of sums [values, rows]: the matrix units then take
+keys and values from shared memory, and as few rows as there are. float32 is split in registers, and
+is quicker as the right operand.
 
 Letters: B batch, H query heads, Hk key/value heads, M queries, N keys, D query/key width, E value
 width, S spans; R = H / Hk * M rows, BR x BN scores at a time.
@@ -37,25 +38,36 @@ PROGRAMS = 264
 
 @triton.jit
 def _add_keys(
-    out, sums, q, key, value, batch, kv_head, begin, end, factor, shift, past, num_keys,
+    out, total, q, key, value, batch, kv_head, begin, end, factor, shift, past, num_keys,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys [begin, end) to out [BE, BR] and weights to sums [BN, BR].
+    """Adds keys [begin, end).
 
+    LEFT: they are the left operand, out is [BE, BR] and total [BN, BR]; else [BR, BE] and [BR].
     past [BR] and num_keys are None where every row sees all of these keys.
     """
     for first_key in range(begin, end, BN):
         k = load_rows(key, batch, kv_head, first_key, num_keys, D, BN, q.shape[1])
         inverse, _ = inverse_norm(k.to(tl.float32))
-        score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (inverse * factor)[:, None]
-        if past is not None:
-            keys = first_key + tl.arange(0, BN)
-            score = tl.where(keys[:, None] < past[None, :], score, float("-inf"))
+        keys = first_key + tl.arange(0, BN)
+        if LEFT:
+            score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (inverse * factor)[:, None]
+            if past is not None:
+                score = tl.where(keys[:, None] < past[None, :], score, float("-inf"))
+        else:
+            score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (inverse * factor)[None, :]
+            if past is not None:
+                score = tl.where(keys[None, :] < past[:, None], score, float("-inf"))
         weights = tl.exp2(score - shift)
-        sums += weights
         v = load_rows(value, batch, kv_head, first_key, num_keys, E, BN, BE)
-        out = tl.dot(tl.trans(v), weights.to(v.dtype), out, input_precision=PRECISION)
-    return out, sums
+        if LEFT:
+            total += weights
+            out = tl.dot(tl.trans(v), weights.to(v.dtype), out, input_precision=PRECISION)
+        else:
+            total += tl.sum(weights, 1)
+            out = tl.dot(weights.to(v.dtype), v, out, input_precision=PRECISION)
+    return out, total
 
 
 @triton.jit
@@ -88,25 +100,31 @@ def span_kernel(
     begin = part * span
     end = tl.minimum(begin + span, tl.max(past))
     full_end = begin + tl.maximum(tl.minimum(end, tl.min(past)) - begin, 0) // BN * BN
-    accumulator = tl.zeros([BE, BR], tl.float32)
-    sums = tl.zeros([BN, BR], tl.float32)
+    LEFT: tl.constexpr = q.dtype.primitive_bitwidth == 16
+    accumulator = tl.zeros([BE, BR] if LEFT else [BR, BE], tl.float32)
+    sums = tl.zeros([BN, BR] if LEFT else [BR], tl.float32)
     accumulator, sums = _add_keys(
         accumulator, sums, q, key, value, batch, kv_head, begin, full_end, factor, shift,
-        None, None, D, E, BN, BE, PRECISION,
+        None, None, D, E, BN, BE, PRECISION, LEFT,
     )  # fmt: skip
     accumulator, sums = _add_keys(
         accumulator, sums, q, key, value, batch, kv_head, full_end, end, factor, shift,
-        past, num_keys, D, E, BN, BE, PRECISION,
+        past, num_keys, D, E, BN, BE, PRECISION, LEFT,
     )  # fmt: skip
 
     # The rows of a group are neighbours.
     batches = tl.num_programs(0) // spans // kv_heads
     matrix = (part * batches + batch) * num_heads + kv_head * heads_per_group
     at = matrix * num_queries + rows
-    tl.store(total + at, tl.sum(sums, 0), mask=exists)
     columns = tl.arange(0, BE)
-    inside = exists[None, :] & (columns < E)[:, None]
-    tl.store(out + at[None, :] * E + columns[:, None], accumulator, mask=inside)
+    if LEFT:
+        tl.store(total + at, tl.sum(sums, 0), mask=exists)
+        inside = exists[None, :] & (columns < E)[:, None]
+        tl.store(out + at[None, :] * E + columns[:, None], accumulator, mask=inside)
+    else:
+        tl.store(total + at, sums, mask=exists)
+        inside = exists[:, None] & (columns < E)[None, :]
+        tl.store(out + at[:, None] * E + columns[None, :], accumulator, mask=inside)
 
 
 @triton.jit
@@ -165,9 +183,8 @@ def forward(inputs: Inputs, shift: float) -> tuple[Tensor, Tensor]:
     lse = query.new_empty(rows, dtype=torch.float32)
     part_out = lse.new_empty(spans, *rows, value_width)
     part_total = lse.new_empty(spans, *rows)
-    overlap = descriptors.has_descriptors(
-        query.device
-    )  # Hopper starts the second kernel during the first
+    # Hopper starts the second kernel during the first; Triton's interpreter cannot.
+    overlap = query.device.type != "cpu" and descriptors.has_descriptors(query.device)
     with torch.cuda.device_of(query):
         launch(
             span_kernel, batch * kv_heads * spans, sizes,

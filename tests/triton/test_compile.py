@@ -199,7 +199,7 @@ def check(compiled: list[tuple[str, Any]], capability: int, most: int = STACK) -
         (90, torch.bfloat16, 256, False, STACK),
         (90, torch.bfloat16, 128, True, STACK),
         (90, torch.float32, 64, False, STACK),
-        (90, torch.float32, 128, False, STACK),
+        (90, torch.float32, 128, False, 1024),  # the gradients of keys and values, not in terms
         (90, torch.float32, 128, True, 544),  # the gradient of a bias, of parts of float32
         (90, torch.float32, 256, False, STACK),
         (80, torch.float32, 64, True, STACK),
