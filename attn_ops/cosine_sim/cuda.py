@@ -84,14 +84,12 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _seen(inputs: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, int, int]:
-    """Which keys queries see: mask [1 or B, N], start and stop, left and right."""
-    mask, (start, stop, left, right) = inputs.mask, inputs[10:14]
+def _seen(inputs: Inputs) -> tuple[Tensor | None, int, int]:
+    """Which keys queries see: mask [1 or B, N], left and right."""
+    mask = inputs.mask
     if mask is not None:
         mask = mask[:, 0, 0].expand(-1, inputs.key.shape[2]).contiguous()
-    if start is not None and stop is not None:
-        start, stop = start.contiguous(), stop.contiguous()
-    return mask, start, stop, left, right
+    return mask, inputs.left, inputs.right
 
 
 def serves_backward(inputs: Inputs, shift: float | None, wanted: set[str]) -> bool:

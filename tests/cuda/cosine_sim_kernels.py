@@ -37,10 +37,6 @@ else:
         pytest.skip(f"Triton serves: {reason}", allow_module_level=True)
 
 ONE = Case(batch=1, heads=1, kv_heads=1, width=128, value_width=128)
-# A tile ends where a long sequence begins. Some have no queries or no keys, and tokens are left.
-LONG = ((70, 90), (530, 30), (20, 540), (10, 5))
-SHORT = ((100, 90), (0, 20), (20, 0), (90, 70), (5, 10))
-MANY = tuple((length, length) for length in (700, 30, 1, 900, 1300, 5, 129, 128, 640, 500))
 # Keys are normalised by a kernel of their own where 1024 queries read each; causal, where 2048 do.
 # Causal tiles go in pairs where there are 4 pairs for a multiprocessor: the emulation has three.
 SMALL = {
@@ -58,10 +54,6 @@ SMALL = {
     "hidden keys": ONE.but(batch=2, heads=2, kv_heads=1, queries=70, keys=150, mask="BN"),
     "hidden keys and a window": ONE.but(
         batch=2, queries=140, keys=300, mask="BN", causal=True, window=150, strides="transposed"
-    ),
-    "long sequences": ONE.but(heads=2, kv_heads=1, queries=630, keys=670, sequences=LONG),
-    "short sequences, causal, hidden keys": ONE.but(
-        queries=230, keys=200, sequences=SHORT, mask="BN", causal=True
     ),
     "other widths": ONE.but(
         heads=2, kv_heads=1, queries=130, keys=150, causal=True, strides="transposed"
@@ -86,10 +78,6 @@ LARGE = {
     "hidden keys of grouped heads, causal": ONE.but(
         batch=2, heads=8, kv_heads=2, queries=1000, keys=1500, mask="BN", causal=True
     ),
-    "many sequences": ONE.but(heads=4, queries=4400, keys=4400, sequences=MANY),
-    "many sequences, causal": ONE.but(
-        heads=4, kv_heads=2, queries=4400, keys=4400, sequences=MANY, causal=True
-    ),
     "batches in parts, hidden keys": ONE.but(
         batch=4, heads=6, kv_heads=2, queries=20000, keys=300, mask="BN"
     ),
@@ -99,13 +87,6 @@ LARGE = {
         batch=2, heads=8, kv_heads=2, queries=640, keys=1025, causal=True, strides="transposed"
     ),
 }
-
-
-def is_listed(case: Case) -> bool:
-    """Whether intervals of keys are lists."""
-    return case.mask is not None or case.sequences is not None
-
-
 CASES = SMALL | (LARGE if DEVICE != "cpu" else {})
 MAIN_WIDTHS = (64, 128)
 # Tiles are 32, 64, 80, 96, 128, 192 and 256 wide: rows that are narrower or fill them.
@@ -115,11 +96,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 def runs() -> Iterator[tuple[str, int, torch.dtype]]:
     """An emulation takes its time. The two types differ in conversions alone, and what the device
-    finds of masks and sequences does not know the width.
+    finds of a mask does not know the width.
     """
     on_gpu = DEVICE != "cpu"
     for name, case in CASES.items():
-        for width in MAIN_WIDTHS if on_gpu or not is_listed(case) else MAIN_WIDTHS[1:]:
+        for width in MAIN_WIDTHS if on_gpu or case.mask is None else MAIN_WIDTHS[1:]:
             for dtype in DTYPES if on_gpu or name in ("one tile", "unit keys") else DTYPES[:1]:
                 yield name, width, dtype
     for name in SMALL if on_gpu else ("other widths",):
@@ -168,10 +149,8 @@ def kernels(
     query: Tensor, key: Tensor, value: Tensor, scale: float = 8.0, **shared: Any
 ) -> tuple[Tensor, ...]:
     args = fold("cosine_sim", query, key, value, **shared)
-    of_keys = args.start, args.stop, args.left, args.right
-    results: tuple[Tensor, ...] = Kernels.apply(
-        args.query, args.key, args.value, args.mask, *[None] * 6, *of_keys, scale, 1
-    )
+    rows, band = (args.query, args.key, args.value), (args.left, args.right)
+    results: tuple[Tensor, ...] = Kernels.apply(*rows, args.mask, *[None] * 8, *band, scale, 1)
     return results
 
 

@@ -64,9 +64,6 @@ template <class T>
 T shuffle_xor(T x, int mask) {
   return shuffle(x, static_cast<int>(threadIdx.x % emulator::kWarp) ^ mask);
 }
-inline int in_all_lanes(int x) {
-  return shuffle(x, 0);
-}
 inline void sync_warp() {
   emulator::wait(emulator::block()->warps[threadIdx.x / emulator::kWarp].barrier);
 }

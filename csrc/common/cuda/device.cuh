@@ -45,11 +45,6 @@ ATTN_DEVICE T shuffle(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
 
-// The number that all lanes have: so the compiler knows that they agree.
-ATTN_DEVICE int in_all_lanes(int x) {
-  return __reduce_max_sync(0xffffffffu, x);
-}
-
 ATTN_DEVICE void sync_warp() {
   __syncwarp();
 }

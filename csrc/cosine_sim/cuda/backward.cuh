@@ -24,7 +24,7 @@ void backward(const BackwardCall& call);
 
 // Sizes, and the order of blocks: see Blocks.
 template <class P>
-Backward plan_backward(const BackwardCall& call, const Device& device, Tensor& held) {
+Backward plan_backward(const BackwardCall& call) {
   Backward p{};
   p.B = static_cast<int>(call.query.size(0)), p.H = static_cast<int>(call.query.size(1));
   p.M = static_cast<int>(call.query.size(2)), p.N = static_cast<int>(call.key.size(2));
@@ -34,7 +34,7 @@ Backward plan_backward(const BackwardCall& call, const Device& device, Tensor& h
   p.pairs = 4 * length(p.band, 3 * (p.N / 4)) < 3 * length(p.band, p.N / 4);
   // Queries past the end have weights of 0.
   p.band.columns = p.query_tiles * P::kQueries;
-  p.key_blocks = find_tiles<P::kKeys>(device, call.key, call.order, p.band, held);
+  p.key_blocks = (p.N + P::kKeys - 1) / P::kKeys;
   p.places_in_head = p.pairs ? (p.key_blocks + 1) / 2 : p.key_blocks;
   p.places = p.B * p.Hk * p.places_in_head * P::kHalves;
   return p;
@@ -66,8 +66,7 @@ template <class P>
 void launch_backward(const BackwardCall& call) {
   using T = typename P::T;
   const Device device(call.query);
-  Tensor blocks_of_keys;
-  Backward p = plan_backward<P>(call, device, blocks_of_keys);
+  Backward p = plan_backward<P>(call);
   const int padded = p.query_tiles * P::kQueries, heads = p.B * p.H;
   constexpr int kLanes = kLanesWidth<P::kWidth>;
   Tensor query = allocate(call.query, {p.B, p.H, p.M, p.D});

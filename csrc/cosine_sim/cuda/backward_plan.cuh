@@ -138,7 +138,7 @@ struct Block {
   int tiles;  // of all heads
 };
 
-// The blocks of a multiprocessor: heads in order, with blocks where the band has them, and where
+// The blocks of a multiprocessor: heads in order, and where
 // the first blocks are the longest, pairs of a long and a short one. Every other round runs
 // backwards. Straight-line code: see the forward's Tiles.
 template <class P>
@@ -161,10 +161,6 @@ struct Blocks {
     round += pairs && longer == shorter ? 2 : 1;  // the block in the middle has no other
     block.first_key = number * P::kKeys;
     block.past_key = block.first_key + P::kKeys < p.N ? block.first_key + P::kKeys : p.N;
-    if (p.band.tiles) {
-      block.first_key = in_all_lanes(p.band.tiles[number]);
-      block.past_key = in_all_lanes(p.band.tiles[number + 1]);
-    }
     int origin;
     block.queries =
         tiles_seen<P::kQueries, false>(p.band, block.head, block.first_key, block.past_key, origin);

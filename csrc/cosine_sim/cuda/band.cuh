@@ -17,7 +17,6 @@ struct Band {
   const int* start;  // or null; [1 or B, rows] with stop: a row sees columns start <= c < stop
   const int* stop;   // instead. Neither decreases from row to row
   int batch, heads;  // from the rows of a batch to those of the next; heads of a batch
-  const int* tiles;  // or null; where tiles of rows begin, and the end; those at the end are empty
 
   ATTN_HOST_DEVICE Interval of(int head, int row) const {
     Interval x{row + first, row + past};
@@ -52,8 +51,8 @@ ATTN_DEVICE Range tiles_seen(const Band& band, int head, int row, int past, int&
   Interval above{row + band.first, row + band.past}, below{last + band.first, last + band.past};
   if (band.start) {
     above = band.of(head, row), below = row < past ? band.of(head, last) : above;
-    above.first = in_all_lanes(above.first), above.past = in_all_lanes(above.past);
-    below.first = in_all_lanes(below.first), below.past = in_all_lanes(below.past);
+    above.first = shuffle(above.first, 0), above.past = shuffle(above.past, 0);
+    below.first = shuffle(below.first, 0), below.past = shuffle(below.past, 0);
   }
   const int n = band.columns, first = within(above.first, 0, n - 1);
   origin = kFromFirst ? first : 0;

@@ -26,7 +26,7 @@ void forward(const ForwardCall& call);
 
 // Sizes, and the order of tiles: see Tiles.
 template <class P>
-Forward plan_forward(const ForwardCall& call, const Device& device, Tensor& held) {
+Forward plan_forward(const ForwardCall& call, int multiprocessors) {
   Forward p{};
   p.B = static_cast<int>(call.query.size(0)), p.H = static_cast<int>(call.query.size(1));
   p.M = static_cast<int>(call.query.size(2)), p.Hk = static_cast<int>(call.key.size(1));
@@ -35,10 +35,10 @@ Forward plan_forward(const ForwardCall& call, const Device& device, Tensor& held
   p.factor = static_cast<float>(call.scale * kBitsPerNat);
   p.out = call.out.data_ptr();
   p.lse = static_cast<float*>(call.lse.data_ptr());
-  p.query_tiles = find_tiles<P::kQueries>(device, call.query, call.order, p.band, held);
+  p.query_tiles = (p.M + P::kQueries - 1) / P::kQueries;
   const int heads = p.B * p.H, pairs_in_head = (p.query_tiles + 1) / 2;
   const bool uneven = 4 * length(p.band, p.M / 4) < 3 * length(p.band, 3 * (p.M / 4));
-  p.pairs = uneven && heads * pairs_in_head >= 4 * multiprocessors(device);
+  p.pairs = uneven && heads * pairs_in_head >= 4 * multiprocessors;
   p.heads_together = uneven && !p.pairs ? heads : 1;
   p.places_in_part = p.pairs ? pairs_in_head : p.heads_together * p.query_tiles;
   p.places = p.pairs ? heads * pairs_in_head : heads * p.query_tiles;
@@ -49,8 +49,7 @@ template <class P>
 void launch_forward(const ForwardCall& call) {
   const Device device(call.query);
   const int most = multiprocessors(device);
-  Tensor tiles_of_queries;
-  Forward p = plan_forward<P>(call, device, tiles_of_queries);
+  Forward p = plan_forward<P>(call, most);
   Tensor key = call.key, value = call.value;
   if constexpr (P::kUnitKeys) {
     constexpr int kLanes = kLanesWidth<P::kWidth>;

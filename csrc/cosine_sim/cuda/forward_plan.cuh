@@ -132,8 +132,8 @@ struct Tile {
 
 // The block's tiles. Where the last rows of tiles are the longest and there are many, pairs of a
 // long and a short row of one head, whose keys and values stay in the L2 cache; where there are
-// few, all heads together with the longest rows first. Else heads in order, with tiles where the
-// band has them. Every other round runs backwards, which evens out the rest.
+// few, all heads together with the longest rows first. Else heads in order. Every other round runs
+// backwards, which evens out the rest.
 template <class P>
 struct Tiles {
   const Forward& p;
@@ -157,10 +157,6 @@ struct Tiles {
 
     tile.first_query = row * P::kQueries;
     tile.past_query = tile.first_query + P::kQueries < p.M ? tile.first_query + P::kQueries : p.M;
-    if (p.band.tiles) {
-      tile.first_query = in_all_lanes(p.band.tiles[row]);
-      tile.past_query = in_all_lanes(p.band.tiles[row + 1]);
-    }
     tile.keys = tiles_seen<P::kKeys, true>(p.band, tile.head, tile.first_query, tile.past_query,
                                            tile.first_key);
     return true;

@@ -5,7 +5,7 @@
 
 #include "common/cuda/launch.cuh"
 #include "common/view.h"
-#include "cosine_sim/cuda/row_tiles.cuh"
+#include "cosine_sim/cuda/band.cuh"
 #include "cosine_sim/cuda/unit_keys.cuh"
 
 namespace attn::cuda::cosine {
@@ -70,22 +70,6 @@ inline int64_t length(const Band& band, int64_t row) {
   const int64_t n = band.columns;
   const int64_t first = std::max<int64_t>(row + band.first, 0);
   return std::max<int64_t>(std::min(row + band.past, n) - std::min(first, n), 0);
-}
-
-// Tiles of rows: of packed sequences those that the device finds, whose memory is kept in `held`.
-template <int kRows>
-int find_tiles(const Device& device, const Tensor& like, const Order& order, Band& band,
-               Tensor& held) {
-  if (band.start == nullptr || order.rows || band.batch != 0) {
-    return (band.rows + kRows - 1) / kRows;
-  }
-  RowTiles p{band};
-  p.count = most_tiles<kRows>(band);
-  held = allocate(like, {p.count + 1}, ScalarType::Int);
-  band.tiles = p.tiles = static_cast<int*>(held.data_ptr());
-  launch<&row_tiles_kernel<kRows>>(device, "cosine_sim: tiles", dim3(1), kScanThreads, kScanBytes,
-                                   p);
-  return p.count;
 }
 
 // Batches and key/value heads of a call that are computed together.

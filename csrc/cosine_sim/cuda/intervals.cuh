@@ -34,29 +34,19 @@ __global__ void __launch_bounds__(kScanThreads)
 }
 
 struct KeysSeen {
-  Band band;          // start and stop have these strides too
-  const int* before;  // or null: see VisibleFirst
-  int before_batch;
+  Band band;
+  const int* before;  // see VisibleFirst
   int *start, *stop;  // [B, M]
 };
 
 // A block has 256 queries of a batch.
 __global__ void __launch_bounds__(256) keys_seen_kernel(const __grid_constant__ KeysSeen p) {
-  const int query = blockIdx.x * 256 + threadIdx.x, batch = blockIdx.y;
+  const int query = blockIdx.x * 256 + threadIdx.x, keys = p.band.columns;
   if (query >= p.band.rows) return;
-  int first = query + p.band.first, past = query + p.band.past;
-  if (p.band.start) {
-    const Interval x = p.band.of(batch, query);
-    first = x.first > first ? x.first : first;
-    past = x.past < past ? x.past : past;
-  }
-  first = within(first, 0, p.band.columns), past = within(past, 0, p.band.columns);
-  if (p.before) {
-    const int* before = p.before + int64_t{batch} * p.before_batch;
-    first = before[first], past = before[past];
-  }
-  const int64_t at = int64_t{batch} * p.band.rows + query;
-  p.start[at] = first, p.stop[at] = past;
+  const int* before = p.before + int64_t{blockIdx.y} * (keys + 1);
+  const int64_t at = int64_t{blockIdx.y} * p.band.rows + query;
+  p.start[at] = before[within(query + p.band.first, 0, keys)];
+  p.stop[at] = before[within(query + p.band.past, 0, keys)];
 }
 
 struct QueriesSeeing {

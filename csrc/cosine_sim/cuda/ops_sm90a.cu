@@ -55,11 +55,10 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, double s
 }
 
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value,
-                                  const OptionalTensor& mask, const OptionalTensor& start,
-                                  const OptionalTensor& stop, int64_t left, int64_t right,
+                                  const OptionalTensor& mask, int64_t left, int64_t right,
                                   double scale) {
   check(query, key, value, scale);
-  const Seen seen(kOp, query, key, {mask, start, stop, left, right});
+  const Seen seen(kOp, query, key, mask, left, right);
   const int64_t B = query.size(0), H = query.size(1), M = query.size(2);
   Tensor out = allocate(query, {B, H, M, query.size(3)});
   Tensor lse = allocate(query, {B, H, M}, ScalarType::Float);
@@ -80,11 +79,9 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, std::option
                                              const Tensor& query, const Tensor& key,
                                              const Tensor& value, const Tensor& out,
                                              const Tensor& lse, const OptionalTensor& mask,
-                                             const OptionalTensor& start,
-                                             const OptionalTensor& stop, int64_t left,
-                                             int64_t right, double scale) {
+                                             int64_t left, int64_t right, double scale) {
   check(query, key, value, scale);
-  Seen seen(kOp, query, key, {mask, start, stop, left, right});
+  Seen seen(kOp, query, key, mask, left, right);
   const Reach reach = seen.queries_seeing(query);
   check_rows("grad_out", grad_out);
   check_rows("out", out);
@@ -117,11 +114,11 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, std::option
 
 STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
   m.def(
-      "_cosine_sim_fwd_cuda(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? start, "
-      "Tensor? stop, int left, int right, float scale) -> (Tensor out, Tensor lse)");
+      "_cosine_sim_fwd_cuda(Tensor query, Tensor key, Tensor value, Tensor? mask, "
+      "int left, int right, float scale) -> (Tensor out, Tensor lse)");
   m.def(
       "_cosine_sim_bwd_cuda(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
-      "value, Tensor out, Tensor lse, Tensor? mask, Tensor? start, Tensor? stop, int left, "
+      "value, Tensor out, Tensor lse, Tensor? mask, int left, "
       "int right, float scale) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(attn, ATTN_DISPATCH_KEY, m) {
