@@ -40,8 +40,9 @@ struct Fetch {
     if (head >= 0) load_values(values, row, head, batch);
   }
 
-  // Three warps, 32 rows at a time, in turns. A slot of factors is written again kStages + 1 tiles
-  // of keys later, when every warp that read it has given back a later tile's keys.
+  // Three warps, as many rows as lanes hold at a time, in turns. A slot of factors is written again
+  // kStages + 1 tiles of keys later, when every warp that read it has given back a later tile's
+  // keys.
   ATTN_DEVICE void prepare(int warp, int lane) const {
     Ring<P::kStages> keys;
     Ring<P::kQueryStages> queries;
@@ -53,7 +54,7 @@ struct Fetch {
 #pragma unroll 1
       for (int group = 0; group < P::kQueryGroups; ++group) {
         if (is_mine(turn)) {
-          normalise(shared.query(queries.index), group * 32 + lane);
+          normalise(shared.query(queries.index), group, lane);
           fence_async();
           sync_warp();
           if (lane == 0) barrier_arrive(shared.query_ready(queries.index));
@@ -102,17 +103,20 @@ struct Fetch {
     values.advance();
   }
 
-  // A row of queries times factor / |row|, where it lies.
-  ATTN_DEVICE void normalise(unsigned char* tile, int row) const {
+  // Rows of queries times factor / |row|, where they lie.
+  ATTN_DEVICE void normalise(unsigned char* tile, int group, int lane) const {
+    constexpr int kRows = 32 / P::kRowLanes, kPieces = P::kWidth / 8 / P::kRowLanes;
+    const int row = group * kRows + lane % kRows, first = lane / kRows * kPieces;
     float squared = 0.0f;
 #pragma unroll P::kUnroll
-    for (int i = 0; i < P::kWidth / 8; ++i) {
-      squared = squares<T>(load4(piece<P::kQueries>(tile, row, i)), squared);
+    for (int i = 0; i < kPieces; ++i) {
+      squared = squares<T>(load4(piece<P::kQueries>(tile, row, first + i)), squared);
     }
+    if constexpr (P::kRowLanes == 2) squared += shuffle_xor(squared, kRows);
     const float factor = inverse_length(squared) * p.factor;
 #pragma unroll P::kUnroll
-    for (int i = 0; i < P::kWidth / 8; ++i) {
-      uint32_t* at = piece<P::kQueries>(tile, row, i);
+    for (int i = 0; i < kPieces; ++i) {
+      uint32_t* at = piece<P::kQueries>(tile, row, first + i);
       const uint4 x = load4(at);
       store4(at, make_uint4(scaled<T>(x.x, factor), scaled<T>(x.y, factor), scaled<T>(x.z, factor),
                             scaled<T>(x.w, factor)));

@@ -43,12 +43,17 @@ struct Plan {
   static constexpr bool kTurns = kTurns_;  // warpgroups take turns at the matrix units
   static constexpr bool kHeld = kHeld_;  // queries in registers: less of shared memory's bandwidth
   static constexpr int kThreads = 128 * (kWarpgroups_ + 1);
+  // Lanes that make a row of queries a unit vector. With one, tiles waited for it (LOG.md).
+  static constexpr int kRowLanes = kUnitKeys_ && kWidth_ == 128 ? 2 : 1;
   // Together all registers of a multiprocessor: 504 or 512 for a thread of each warpgroup.
-  static constexpr int kFetchRegisters = kWarpgroups_ == 3 ? 32 : 40;
-  static constexpr int kMultiplyRegisters = kWarpgroups_ == 3 ? 160 : 232;
-  static constexpr int kUnroll = kFetchRegisters < 40 ? 2 : 4;  // pieces of a row under way
+  static constexpr int kFetchRegisters = kWarpgroups_ == 3 ? 32 : kRowLanes == 2 ? 56 : 40;
+  static constexpr int kMultiplyRegisters = kWarpgroups_ == 3 ? 160 : kRowLanes == 2 ? 224 : 232;
+  static constexpr int kUnroll =  // pieces of a row under way
+      kFetchRegisters < 40 ? 2
+      : kRowLanes == 2     ? 8
+                           : 4;
 
-  static constexpr int kQueryGroups = kQueries / 32;
+  static constexpr int kQueryGroups = kQueries * kRowLanes / 32;
   static constexpr int kKeyGroups = kKeys / 32;
   static constexpr int kSlots = kStages + 1;  // of key factors: see Fetch::prepare
 
