@@ -229,7 +229,7 @@ def _forward_backward(
 ) -> tuple[Tensor | None, ...]:
     *tensors, out, denominator = ctx.saved_tensors
     given = len(tensors)  # three of a plain call
-    tensors += [None] * (_NUM_TENSORS - given)
+    tensors = [*tensors, *[None] * (_NUM_TENSORS - given)]  # Dynamo of torch 2.11 has a tuple here
     needed = _autograd.needed(ctx)
     grads: list[Tensor | None] = [None] * len(needed)
     results_grads = (grad_out, grad_final_state, grad_final_key_sum)
