@@ -1,6 +1,5 @@
-// What rows see, found on the device: intervals of packed sequences, of the keys that a mask
-// leaves, and of the queries that see a key; the order in which hidden keys come last; tiles of
-// sequences.
+// What rows see, found on the device: intervals of the keys that a mask leaves, in the order in
+// which hidden keys come last, and of the queries that see a key.
 #pragma once
 
 #include "cosine_sim/cuda/band.cuh"
