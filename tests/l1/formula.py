@@ -39,14 +39,23 @@ def l1_scores(**arguments: Any) -> tuple[Tensor]:
     return (score.squeeze(1) if arguments["query"].dim() == 3 else score,)
 
 
-def distance_terms(grad_score: Tensor, score: Tensor, args: dict[str, Any]) -> dict[str, Tensor]:
-    """The squared terms of the gradients of query and key, from those of the scores."""
+def slopes(score: Tensor, args: dict[str, Any]) -> Tensor:
+    """|d score / d coordinate| for each score."""
     scale = args.get("scale", args["query"].shape[3] ** -0.5)
     slope = torch.full_like(score, scale)
     if args.get("score", "negative") == "inverse":
         slope = slope * score.square()
-    grad_dist = grad_score * slope.square()
-    return {"query": grad_dist.sum(3), "key": of_key_heads(grad_dist.sum(2, keepdim=True), args)}
+    return slope
+
+
+def sums(terms: Tensor, args: dict[str, Any]) -> dict[str, Tensor]:
+    """Of terms [B, H, M, N], over what the gradients of query and key are sums of."""
+    return {"query": terms.sum(3), "key": of_key_heads(terms.sum(2, keepdim=True), args)}
+
+
+def distance_terms(grad_score: Tensor, score: Tensor, args: dict[str, Any]) -> dict[str, Tensor]:
+    """The squared terms of the gradients of query and key, from those of the scores."""
+    return sums(grad_score * slopes(score, args).square(), args)
 
 
 @torch.no_grad()
@@ -76,7 +85,8 @@ def magnitudes_of_scores(
     terms = distance_terms(grad.square(), score, args)
     if args.get("score", "negative") == "inverse":
         # Slopes come from scores that were rounded once, equal ones alike: their errors add up.
-        slopes = grad.abs() * args.get("scale", args["query"].shape[3] ** -0.5) * score.square()
-        of_keys = of_key_heads(slopes.sum(2, keepdim=True), args)
-        terms = {"query": slopes.sum(3).square(), "key": of_keys.square()}
+        terms = {
+            name: total.square()
+            for name, total in sums(grad.abs() * slopes(score, args), args).items()
+        }
     return largest_score(score), largest_roots(terms | {"out": score.square()})

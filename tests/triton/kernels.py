@@ -94,6 +94,19 @@ EXTREME = {
 }
 
 
+def calls_of(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any]:
+    """The arguments of the calls of a function that are made from now on."""
+    calls: list[Any] = []
+    function = getattr(module, name)
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return function(*args)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
 def dot_of_bfloat16(self: Any, a: Any, b: Any, *rest: Any) -> Any:
     """What the interpreter does, but for operands of bfloat16, of which it multiplies the bits."""
     return multiply(self, *(as_float32(x) for x in (a, b)), *rest)
@@ -148,14 +161,7 @@ def test_products_of_terms_are_as_exact_as_those_of_float32(
     from attn_ops._triton import descriptors
     from attn_ops.cosine_sim import triton_core
 
-    calls = []
-    split = triton_core.split
-
-    def counted(*args: Any) -> torch.Tensor:
-        calls.append(args)
-        return split(*args)
-
-    monkeypatch.setattr(triton_core, "split", counted)
+    calls = calls_of(monkeypatch, triton_core, "split")
     if device.type == "cpu":
         monkeypatch.setattr(triton_core, "precision", lambda inputs: "bf16x6")
         monkeypatch.setattr(descriptors, "has_descriptors", lambda device: True)
@@ -170,14 +176,7 @@ def test_sums_over_spans_of_keys_agree_with_the_formula(
 ) -> None:
     from attn_ops.cosine_sim import triton_decode
 
-    calls = []
-    forward = triton_decode.forward
-
-    def counted(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append(args)
-        return forward(*args)
-
-    monkeypatch.setattr(triton_decode, "forward", counted)
+    calls = calls_of(monkeypatch, triton_decode, "forward")
     case, dtype = DECODE[name]
     assert_agrees(SPEC, case, dtype, device)
     assert calls, "another kernel served the call"
