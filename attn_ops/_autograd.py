@@ -189,12 +189,12 @@ def plain(op: str, on_cpu: Formula, elsewhere: Formula, backward: Formula) -> Fo
     return call
 
 
-def cpu_kernel(op: str) -> Formula:
-    """The kernel of `attn::op` for the CPU, past the dispatcher."""
+def kernel(op: str, key: str) -> Formula:
+    """The kernel of `attn::op` for a device's key, past the dispatcher."""
     overload = getattr(torch.ops.attn, op).default
     if unavailable is not None:
         return overload
-    return partial(overload._handle.redispatch_boxed, DispatchKeySet(DispatchKey.CPU))
+    return partial(overload._handle.redispatch_boxed, DispatchKeySet(getattr(DispatchKey, key)))
 
 
 def composite(op: str, function: Formula) -> Formula:

@@ -30,11 +30,14 @@ def is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def forward(room: str, num_tensors: int, cuda: Kernel, backward: Kernel) -> Kernel:
+def forward(
+    room: str, num_tensors: int, cuda: Kernel, backward: Kernel, on_cuda: Kernel | None = None
+) -> Kernel:
     """What calls `attn::_room_fwd` and asks no dispatcher: call(query, key, value, options).
 
     num_tensors: of the op, of which all but three are absent. cuda: its kernel on CUDA.
     backward: the op's; the saved tensors are query, key, value and both results.
+    on_cuda: a shorter way on CUDA, (query, key, value, *options) -> None where it does not lead.
 
     It returns the op's first two results.
     """
@@ -43,9 +46,13 @@ def forward(room: str, num_tensors: int, cuda: Kernel, backward: Kernel) -> Kern
     absent = (None,) * (num_tensors - 3)
 
     def elsewhere(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Any:
+        if query.is_cuda and on_cuda is not None:
+            results = on_cuda(query, key, value, *options)
+            if results is not None:
+                return results
         kernel = cuda if query.is_cuda else overload
         return kernel(query, key, value, *absent, *options)[:2]
 
     # The native library has it as an op of its own: an argument takes time, given or not.
-    on_cpu = _autograd.cpu_kernel(native) if hasattr(torch.ops.attn, native) else elsewhere
+    on_cpu = _autograd.kernel(native, "CPU") if hasattr(torch.ops.attn, native) else elsewhere
     return _autograd.plain(name, on_cpu, elsewhere, backward)

@@ -131,6 +131,7 @@ def register(
     forward_cuda: Kernel,
     backward_cuda: Kernel,
     jvp_cuda: Kernel | None = None,
+    plain_cuda: Kernel | None = None,
 ) -> tuple[Kernel, Kernel]:
     """Everything about the private ops of `room` but their kernels for the CPU.
 
@@ -164,7 +165,8 @@ def register(
     implement(ops.jvp, forward_mode.in_blocks, jvp_cuda)
     on_cuda = implement(ops.forward, blocks.forward, forward_cuda)
     implement(ops.backward, blocks.backward, backward_cuda)
-    return call_forward, _plain.forward(room, len(ops.tensors), on_cuda, ops.forward_backward)
+    plain = _plain.forward(room, len(ops.tensors), on_cuda, ops.forward_backward, plain_cuda)
+    return call_forward, plain
 
 
 def implement(op: str, blocks: Kernel, cuda: Kernel | None) -> Kernel:

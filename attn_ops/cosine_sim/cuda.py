@@ -9,16 +9,19 @@ mode.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from attn_ops import _library
+from attn_ops import _autograd, _library
 
 if TYPE_CHECKING:
     from attn_ops.cosine_sim.triton_core import Inputs
 
+BITS_PER_NAT = math.log2(math.e)
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = range(8, 257, 8)
 # Fewer fill less than half of a tile, and leave the second warpgroup without work.
@@ -42,20 +45,36 @@ def _is_there(device: torch.device) -> bool:
     return device.type == "cuda" and missing(device) is None
 
 
+def shift_of(scale: float, groups: int, dtype: torch.dtype) -> float | None:
+    """What to subtract from scores, in bits, where their bound |scale| * groups is close enough.
+
+    Weights then lie between exp(-2 |scale| groups) and 1, and have to be normal numbers as operands
+    of the product with the values. float16 gets another 14 bits from the other end of its range.
+    """
+    bound = abs(scale) * groups * BITS_PER_NAT
+    headroom, reach = (14, 28) if dtype == torch.float16 else (0, 120)
+    return bound - headroom if 0 < groups and 2 * bound <= reach else None
+
+
 def serves(inputs: Inputs, shift: float | None) -> bool:
     """Whether `forward` takes this call; `shift` is that of fixed_shift."""
-    query, key, value = inputs[:3]
-    batch, heads, num_queries, width = query.shape
-    num_keys = key.shape[2]
     return (
         shift is not None  # then there are norms, and exponents are small
         and inputs.groups == 1
         and all(x is None for x in inputs[4:10])
         and inputs.start is None
         and (inputs.mask is None or tuple(inputs.mask.shape[1:3]) == (1, 1))
+        and _takes(inputs.query, inputs.key, inputs.value)
+    )
+
+
+def _takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    batch, heads, num_queries, width = query.shape
+    num_keys = key.shape[2]
+    return (
+        query.dtype in DTYPES
         and width in WIDTHS
         and value.shape[3] == width
-        and query.dtype in DTYPES
         and num_queries >= FEWEST_QUERIES
         and 0 < batch * heads * num_keys <= MOST_ROWS
         and batch * heads * num_queries <= MOST_ROWS
@@ -68,14 +87,39 @@ def serves(inputs: Inputs, shift: float | None) -> bool:
 
 def _has_whole_rows(x: Tensor) -> bool:
     """Whether the copy engine takes x: rows of neighbours, at multiples of 16 bytes."""
+    if x.data_ptr() % 16 != 0:
+        return False
+    if x.is_contiguous():
+        return x.shape[3] % 8 == 0
     batch, head, row, last = strides = x.stride()
-    if last != 1 or x.data_ptr() % 16 != 0:
+    if last != 1:
         return False
     if (batch | head | row) % 8 == 0 and min(strides) > 0:
         return True
     # A dimension that is expanded has stride 0; that of one element means nothing.
     pairs = zip(x.shape[:3], strides)
     return all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in pairs)
+
+
+@functools.cache
+def _kernel() -> Callable[..., Any]:
+    return _autograd.kernel("_cosine_sim_fwd_cuda", "CUDA")
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    groups: int,
+) -> tuple[Tensor, Tensor] | None:
+    """`forward` of a plain call (_plain.py), past the dispatcher; None if it is not served."""
+    served = groups == 1 and _takes(query, key, value)
+    if not served or shift_of(scale, groups, query.dtype) is None:
+        return None
+    return _kernel()(query, key, value, None, left, right, scale)
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:

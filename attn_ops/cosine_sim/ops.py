@@ -25,6 +25,7 @@ from attn_ops._checks import (
     fail,
     shape,
 )
+from attn_ops.cosine_sim import cuda
 from attn_ops.cosine_sim.in_blocks import ATTENTION, FORWARD_MODE, unit_tangents
 from attn_ops.cosine_sim.normalize import unit_slices
 from attn_ops.masks import UNBOUNDED
@@ -166,5 +167,5 @@ _autograd.differentiable(
 _vmap.register("_cosine_sim_unit_jvp", [_vmap.BATCH_HEADS] * 2, [_vmap.BATCH_HEADS] * 2)
 _softmax_ops.implement("_cosine_sim_unit_jvp", unit_tangents, _unit_jvp_cuda)
 _forward, _plain = _softmax_ops.register(
-    "cosine_sim", ATTENTION, FORWARD_MODE, _forward_cuda, _backward_cuda, _jvp_cuda
+    "cosine_sim", ATTENTION, FORWARD_MODE, _forward_cuda, _backward_cuda, _jvp_cuda, cuda.plain
 )

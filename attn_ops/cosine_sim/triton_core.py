@@ -26,14 +26,13 @@ from attn_ops._triton.launch import (
     shared_memory,
 )
 from attn_ops._triton.products import THREE, reads_terms, split
-from attn_ops._triton.softmax import LOG2_E
 from attn_ops._triton.tiles import padded, row_major, strided
 from attn_ops._triton.visibility import Band, keys_seen, queries_seeing
 from attn_ops.cosine_sim import triton_normalize
+from attn_ops.cosine_sim.cuda import BITS_PER_NAT, shift_of
 from attn_ops.cosine_sim.triton_launches import SPLIT
 from attn_ops.masks import UNBOUNDED
 
-BITS_PER_NAT = LOG2_E.value
 SQUARE = 64  # rows and columns of tiles that share a diagonal of blocks
 FEWEST_ROWS = 512  # else few tiles share one of relative_bias
 MOST_BYTES = 256 << 20  # that relative_bias is expanded to
@@ -245,16 +244,10 @@ def _in_squares(inputs: Inputs) -> bool:
 
 
 def fixed_shift(inputs: Inputs) -> float | None:
-    """What to subtract from scores, in bits, where their bound |scale| * groups is close enough.
-
-    Weights then lie between exp(-2 |scale| groups) and 1, and have to be normal numbers as operands
-    of the product with the values. float16 gets another 14 bits from the other end of its range.
-    """
+    """What to subtract from scores, in bits, where a bound of them is known and close enough."""
     unbounded = (
         inputs.bias, inputs.relative_bias, inputs.head_scale, inputs.query_gain, inputs.key_gain
     )  # fmt: skip
-    bound = abs(inputs.scale) * inputs.groups * BITS_PER_NAT
-    headroom, reach = (14, 28) if inputs.query.dtype == torch.float16 else (0, 120)
-    if not inputs.groups or any(x is not None for x in unbounded) or 2 * bound > reach:
+    if any(x is not None for x in unbounded):
         return None
-    return bound - headroom
+    return shift_of(inputs.scale, inputs.groups, inputs.query.dtype)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,14 +23,18 @@ def rows(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def served(**changes: Any) -> bool:
-    inputs = triton_core.Inputs(
+def call_of(**changes: Any) -> Any:
+    return triton_core.Inputs(
         *(rows(2, 4, 64, 128), rows(2, 2, 70, 128), rows(2, 2, 70, 128), *[None] * 9),
         left=UNBOUNDED,
         right=UNBOUNDED,
         scale=8.0,
         groups=1,
     )._replace(**changes)
+
+
+def served(**changes: Any) -> bool:
+    inputs = call_of(**changes)
     return cuda.serves(inputs, triton_core.fixed_shift(inputs))
 
 
@@ -76,6 +81,12 @@ LEFT_TO_TRITON: dict[str, dict[str, Any]] = {
     "rows at odd places": each(lambda x: torch.zeros(2, 2, 70, 132, dtype=x.dtype)[..., :128]),
     "an odd start": {"query": torch.zeros(2 * 4 * 64 * 128 + 4).bfloat16()[4:].view(2, 4, 64, 128)},
 }
+# Those without an optional tensor.
+PLAIN = {
+    name: changes
+    for name, changes in {**SERVED, **LEFT_TO_TRITON}.items()
+    if changes.keys() <= {"query", "key", "value", "left", "right", "scale", "groups"}
+}
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -91,3 +102,17 @@ def test_triton_serves(name: str) -> None:
 def test_nothing_is_served_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_is_there", lambda device: False)
     assert not served()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_shortest_way_leads_to_the_same_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = call_of(**PLAIN[name])
+    kernel = Mock(return_value="kernel")
+    monkeypatch.setattr(cuda, "_kernel", lambda: kernel)
+    served = cuda.plain(*inputs[:3], *inputs[12:])
+    assert served == ("kernel" if name in SERVED else None)
+    if name in SERVED:
+        query, key, value, mask, left, right, scale = kernel.call_args.args
+        assert query is inputs.query and key is inputs.key and value is inputs.value
+        assert mask is None
+        assert (left, right, scale) == (inputs.left, inputs.right, inputs.scale)
