@@ -35,6 +35,14 @@ def assert_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
         assert torch.equal(a, e), name
 
 
+def test_shortest_way_gives_what_the_op_gives() -> None:
+    """The function's plain call goes past the dispatcher, the op's does not."""
+    inputs = drawn()[:3]
+    out, lse = attn_ops.cosine_sim_attention(*inputs, causal=True, scale=5.0, return_lse=True)
+    expected = torch.ops.attn.cosine_sim_with_lse(*inputs, causal=True, scale=5.0)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+
+
 def test_captured_graph_follows_its_inputs() -> None:
     """Forward and backward: no synchronisation with the host, and no memory but the graph's."""
     static = drawn()
