@@ -3,7 +3,8 @@
 python -m pytest -p tests.doors.support_table --support-table docs/support.md tests
 
 A cell is a check mark only if tests of that door ran for that op in that run, and all of them
-passed. On another device (ATTN_OPS_TEST_DEVICE=cuda) the same command replaces that device's part.
+passed. On another device (ATTN_OPS_TEST_DEVICE=cuda) the same command replaces that device's part,
+which is that of a machine with as many GPUs.
 """
 
 from __future__ import annotations
@@ -125,14 +126,17 @@ def table(outcomes: Outcomes) -> str:
 
 
 def heading(device: str) -> str:
-    return f"## {device.partition(':')[0]}"
+    """The device and, of GPUs, how many there were: tests of two are skipped where there is one."""
+    kind = device.partition(":")[0]
+    if kind != "cuda":
+        return f"## {kind}"
+    return f"## cuda: {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 
 def section(device: str, outcomes: Outcomes, counts: dict[str, int]) -> str:
     """The part of one device, its torch above it."""
-    name = f", {torch.cuda.get_device_name()}" if device.startswith("cuda") else ""
     tests = ", ".join(f"{counts[outcome]} {outcome}" for outcome in MARKS)
-    facts = f"torch {torch.__version__}, Python {platform.python_version()}{name}; tests: {tests}"
+    facts = f"torch {torch.__version__}, Python {platform.python_version()}; tests: {tests}"
     return f"{heading(device)}\n\n{facts}.\n\n{table(outcomes)}\n"
 
 
