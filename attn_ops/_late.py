@@ -18,6 +18,7 @@ from typing import Any
 # Each of these modules has a function `register()`.
 REGISTRATIONS = {
     "torch.distributed.tensor": "attn_ops.distributed.sharding",
+    "torch.export.pt2_archive._package": "attn_ops._ahead",
     "torch.utils.flop_counter": "attn_ops._flops",
 }
 

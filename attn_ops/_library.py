@@ -93,6 +93,15 @@ def fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"attn::{op}", lib=_library)
 
 
+# By name: fakes of ops that the CUDA library defines.
+_cuda_fakes: dict[str, Callable[..., Any]] = {}
+
+
+def fake_cuda(op: str, function: Callable[..., Any]) -> None:
+    """Registers the fake implementation of `attn::op`, once the CUDA library has defined it."""
+    _cuda_fakes[op] = function
+
+
 @functools.cache
 def load_cuda_library() -> str | None:
     """Loads the CUDA kernels, at the first CUDA call; returns what stands in the way, or None."""
@@ -112,6 +121,9 @@ def load_cuda_library() -> str | None:
     except OSError as error:
         return f"{CUDA_LIBRARY.name} does not load: {error}"
     loaded_libraries.append(str(CUDA_LIBRARY))
+    for op, function in _cuda_fakes.items():
+        if hasattr(torch.ops.attn, op):  # one that was built before an op was added lacks it
+            fake(op)(function)
     return None
 
 

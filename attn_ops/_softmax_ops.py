@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_ops import _autograd, _library, _plain, _vmap
+from attn_ops import _ahead, _autograd, _library, _plain, _vmap
 from attn_ops._checks import compute_dtype
 from attn_ops._forward_mode import PLACES, ForwardMode
 from attn_ops._in_blocks import InBlocks
@@ -164,6 +164,8 @@ def register(
     ops.batch()
     implement(ops.jvp, forward_mode.in_blocks, jvp_cuda)
     on_cuda = implement(ops.forward, blocks.forward, forward_cuda)
+    _ahead.trace_into(ops.forward, forward_cuda)
+    _library.fake_cuda(f"{ops.forward}_cuda", ops.fake_forward)
     implement(ops.backward, blocks.backward, backward_cuda)
     plain = _plain.forward(room, len(ops.tensors), on_cuda, ops.forward_backward, plain_cuda)
     return call_forward, plain

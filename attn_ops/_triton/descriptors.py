@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from attn_ops._ahead import tracing
 from attn_ops._triton.tiles import strided
 
 
 def has_descriptors(device: torch.device) -> bool:
-    """Whether the device fetches tiles by descriptors."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    """Whether the device fetches tiles by descriptors, which packages have nobody to make for."""
+    if device.type != "cuda" or tracing():
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def describable(tensor: Tensor) -> bool:

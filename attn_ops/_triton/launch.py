@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from attn_ops._ahead import tracing
+from attn_ops._triton.embed import embed
 from attn_ops._triton.tiles import padded
 
 
@@ -53,10 +57,24 @@ def dot_precision() -> str:
     return "tf32" if chosen == "tf32" else "ieee"
 
 
-def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: Any) -> None:
-    """Runs `programs` programs, in one dimension of the grid: the others end at 65535."""
-    if programs:
-        kernel[(programs,)](
-            *args, **constants,
-            num_warps=sizes.warps, num_stages=sizes.stages, maxnreg=sizes.registers,
-        )  # fmt: skip
+def launch(
+    kernel: Any,
+    programs: int,
+    sizes: Launch,
+    *args: Any,
+    writes: Sequence[Tensor | None] = (),
+    **constants: Any,
+) -> None:
+    """Runs `programs` programs, in one dimension of the grid: the others end at 65535.
+
+    writes: the tensors that the kernel writes; of a forward, which packages are made of.
+    """
+    constants |= {
+        "num_warps": sizes.warps, "num_stages": sizes.stages, "maxnreg": sizes.registers
+    }  # fmt: skip
+    if isinstance(programs, int) and programs == 0:
+        return
+    if tracing():
+        embed(kernel, programs, args, writes, constants)
+    else:
+        kernel[(programs,)](*args, **constants)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attn_ops._ahead import known
+
 
 class Strided(NamedTuple):
     """A rank 4 tensor as kernels take it: the stride of a broadcast dimension is 0."""
@@ -36,7 +38,7 @@ def row_major(tensor: Tensor) -> Tensor:
     contiguous need more descriptors, and ptxas of CUDA 12.8, out of uniform registers, then uses
     some that it never set: illegal reads (benchmarks/LOG.md). Checked by test_compile.py.
     """
-    if tensor.stride(-1) == 1:
+    if known(tensor.stride(-1) == 1):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 

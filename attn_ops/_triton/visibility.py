@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attn_ops._ahead import known
+
 
 class Band(NamedTuple):
     """Row m, at p = m + offset, sees [p - left, p + right] and, unless None, [start, stop).
@@ -32,12 +34,16 @@ def _band(offset: int, left: int, right: int, start: Tensor | None, stop: Tensor
     if start is None or stop is None:
         return Band(offset, left, right, None, None, None)
     start, stop = start.contiguous(), stop.contiguous()
-    return Band(offset, left, right, start, stop, 0 if start.shape[0] == 1 else start.shape[1])
+    batch = 0 if known(start.shape[0] == 1) else start.shape[1]
+    return Band(offset, left, right, start, stop, batch)
 
 
 def _clamped(num_queries: int, num_keys: int, left: int, right: int) -> tuple[int, int]:
     """The same band in 32 bits: no pair is further apart than M + N."""
     reach = num_queries + num_keys
+    if not isinstance(reach, int):
+        least, most = torch.sym_min, torch.sym_max
+        return most(-reach, least(left, reach)), most(-reach, least(right, reach))
     return max(-reach, min(left, reach)), max(-reach, min(right, reach))
 
 

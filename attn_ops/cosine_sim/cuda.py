@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attn_ops import _autograd, _library
+from attn_ops import _ahead, _autograd, _library
 
 if TYPE_CHECKING:
     from attn_ops.cosine_sim.triton_core import Inputs
@@ -64,7 +64,7 @@ def serves(inputs: Inputs, shift: float | None) -> bool:
         and all(x is None for x in inputs[4:10])
         and inputs.start is None
         and (inputs.mask is None or tuple(inputs.mask.shape[1:3]) == (1, 1))
-        and _takes(inputs.query, inputs.key, inputs.value)
+        and (_may_take if _ahead.tracing() else _takes)(*inputs[:3])
     )
 
 
@@ -82,6 +82,34 @@ def _takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and _has_whole_rows(key)
         and _has_whole_rows(value)
         and _is_there(query.device)
+    )
+
+
+def _may_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a package calls the kernels, which refuse what they do not take at its other sizes."""
+    batch, heads, num_queries, width = query.shape
+    num_keys = key.shape[2]
+    return (
+        query.dtype in DTYPES
+        and width in WIDTHS
+        and value.shape[3] == width
+        and _ahead.possible(num_queries >= FEWEST_QUERIES)
+        and _ahead.known(batch * heads * num_keys > 0)
+        and _ahead.possible(batch * heads * num_keys <= MOST_ROWS)
+        and _ahead.possible(batch * heads * num_queries <= MOST_ROWS)
+        and all(map(_may_have_whole_rows, (query, key, value)))
+        and _is_there(query.device)
+    )
+
+
+def _may_have_whole_rows(x: Tensor) -> bool:
+    return (
+        _ahead.is_aligned(x)
+        and _ahead.known(x.stride(3) == 1)
+        and all(
+            _ahead.known(size == 1) or (_ahead.known(step > 0) and _ahead.known(step % 8 == 0))
+            for size, step in zip(x.shape[:3], x.stride())
+        )
     )
 
 

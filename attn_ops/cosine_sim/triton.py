@@ -78,7 +78,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
             triton_forward.forward_kernel, batch * heads * triton.cdiv(num_queries, sizes.rows),
             sizes, *core.operands(sizes.rows, sizes.columns),
             tiles(out, sizes.rows, core.constants["BE"]), lse, contiguous(inputs.sink),
-            core.scoring, core.terms, inputs.keys_seen(), shift,
+            core.scoring, core.terms, inputs.keys_seen(), shift, writes=(out, lse),
             **core.constants, BM=sizes.rows, BN=sizes.columns, SCORES=core.scores, NORMALIZE=raw,
         )  # fmt: skip
     return out, lse

@@ -158,7 +158,7 @@ def unit(x: Tensor, gain: Tensor | None, groups: int) -> Tensor:
     sizes = stream(width // groups)
     launch(
         triton_normalize.normalize_kernel, batch * heads * triton.cdiv(rows * groups, sizes.rows),
-        sizes, strided(x), contiguous(gain), result, rows, heads, groups,
+        sizes, strided(x), contiguous(gain), result, rows, heads, groups, writes=(result,),
         WIDTH=width // groups, ROWS=sizes.rows, PADDED=sizes.columns,
     )  # fmt: skip
     return result
@@ -227,8 +227,9 @@ def prepare(inputs: Inputs, *, raw_query: bool = False, squares: bool = False) -
 def _in_tiles(bias: Tensor, query: Tensor, num_keys: int) -> bool:
     """Whether tiles of a bias are fetched by a descriptor; it may be broadcast over B and H."""
     half = query.element_size() == 2 and bias.element_size() <= 4
-    whole = bias.shape[2:] == (query.shape[2], num_keys)
-    return half and whole and descriptors.has_descriptors(bias.device) and describable(bias)
+    if not half or not descriptors.has_descriptors(bias.device):
+        return False
+    return bias.shape[2:] == (query.shape[2], num_keys) and describable(bias)
 
 
 def _in_squares(inputs: Inputs) -> bool:

@@ -153,10 +153,11 @@ def add_spans_kernel(
 
 def serves(inputs: Inputs) -> bool:
     """Whether `forward` takes this call, which has a fixed shift and therefore norms."""
-    heads, num_queries = inputs.query.shape[1:3]
+    batch, heads, num_queries = inputs.query.shape[:3]
     kv_heads, num_keys = inputs.key.shape[1:3]
     return (
         inputs.is_plain()
+        and isinstance(batch * heads * num_queries * num_keys, int)  # spans depend on all of them
         and heads // kv_heads * num_queries <= MOST_ROWS[inputs.query.element_size()]
         and num_keys >= FEWEST_KEYS
     )
@@ -193,13 +194,13 @@ def forward(inputs: Inputs, shift: float) -> tuple[Tensor, Tensor]:
             heads, group, num_queries, num_keys, span, spans, inputs.keys_seen(),
             inputs.scale * BITS_PER_NAT, shift, D=width, E=value_width,
             BR=max(16, triton.next_power_of_2(group * num_queries)), BN=sizes.columns,
-            PRECISION=precision(inputs), OVERLAP=overlap, **widths,
+            PRECISION=precision(inputs), OVERLAP=overlap, writes=(part_out, part_total), **widths,
         )  # fmt: skip
         sizes = stream(value_width)
         launch(
             add_spans_kernel, batch * heads * num_queries, sizes,
             part_out, part_total, out, lse, batch * heads * num_queries, spans, shift,
             E=value_width, BS=min(sizes.rows, triton.next_power_of_2(spans)), BE=sizes.columns,
-            OVERLAP=overlap, launch_pdl=overlap,
+            OVERLAP=overlap, launch_pdl=overlap, writes=(out, lse),
         )  # fmt: skip
     return out, lse

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attn_ops import _library
+from attn_ops import _ahead, _library
 
 Kernel = Callable[..., Any]
 
@@ -30,6 +30,7 @@ def kernel(op: str, blocks: Kernel) -> Kernel:
 
     def call(*args: Any) -> Any:
         if missing(args[0].device):
+            _ahead.leave()
             return blocks(*args)
         # Gradients of queries are summed by atomic additions unless an order is asked for.
         ordered = [torch.are_deterministic_algorithms_enabled()] if op.endswith("_bwd") else []

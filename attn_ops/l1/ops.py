@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_ops import _autograd, _library, _softmax_ops, _vmap
+from attn_ops import _ahead, _autograd, _library, _softmax_ops, _vmap
 from attn_ops._arguments import autocast, check_scale, fold, fold_tensors
 from attn_ops._checks import compute_dtype, fail
 from attn_ops.l1 import cuda, in_blocks
@@ -121,7 +121,7 @@ l1_scores = _autograd.composite("l1_scores", _l1_scores)
 
 
 @_library.fake("_l1_scores_fwd")
-def _(query: Tensor, key: Tensor, scale: float, eps: float | None) -> Tensor:
+def _fake_scores(query: Tensor, key: Tensor, scale: float, eps: float | None) -> Tensor:
     return query.new_empty(*query.shape[:3], key.shape[2])
 
 
@@ -189,3 +189,5 @@ for _op, _blocks in (
     ("_l1_scores_bwd", in_blocks.scores_backward),
 ):
     _softmax_ops.implement(_op, _blocks, cuda.kernel(_op, _blocks))
+_ahead.trace_into("_l1_scores_fwd", cuda.kernel("_l1_scores_fwd", in_blocks.scores))
+_library.fake_cuda("_l1_scores_fwd_cuda", _fake_scores)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_ops import _autograd, _library, _vmap
+from attn_ops import _ahead, _autograd, _library, _vmap
 from attn_ops._arguments import autocast, check_scale, fold_tensors
 from attn_ops._checks import check_device, check_like_query, check_shape, compute_dtype, fail
 from attn_ops.l1 import edge_list, sparse_in_blocks
@@ -211,3 +211,5 @@ for _op, _blocks, _cuda in (
 ):
     _library.implement(_op, _blocks, "CompositeExplicitAutograd")
     _library.implement(_op, _cuda, "CUDA")
+_ahead.trace_into("_l1_edges", edge_list.sort)
+_ahead.trace_into("_l1_sparse_fwd", _forward_cuda)

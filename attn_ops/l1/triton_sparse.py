@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from attn_ops._ahead import known
 from attn_ops._heads import per_kv_head
 from attn_ops._triton.launch import Launch, launch
 from attn_ops.l1.triton_sparse_backward import columns_kernel, rows_kernel
@@ -37,7 +38,7 @@ class _Sizes:
         self.matrices = self.batch * self.heads
         self.chunk = CHUNK
         # No row is longer than all edges: then there are no pieces.
-        self.slots = 2 * triton.cdiv(num_edges, CHUNK) if num_edges > CHUNK else 0
+        self.slots = 0 if known(num_edges <= CHUNK) else 2 * triton.cdiv(num_edges, CHUNK)
 
     def constants(self) -> dict[str, Any]:
         padded = [max(4, triton.next_power_of_2(x)) for x in (self.width, self.columns)]
@@ -60,7 +61,7 @@ def _dense_rows(x: Tensor | None) -> tuple[Any, ...]:
     """The flat kernel arguments for [B, H, rows, columns]: elements of a row are neighbours."""
     if x is None:
         return None, 0, 0, 0
-    x = x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    x = x if known(x.stride(3) == 1) or known(x.shape[3] == 1) else x.contiguous()
     return x, *x.stride()[:3]
 
 
@@ -92,11 +93,11 @@ def forward(
             s.run(
                 forward_kernel, programs, *q, *k, *v, row_start, row_keys, weight, of_rows, parts,
                 s.num_queries, programs, s.num_edges, s.heads, s.group, scale,
-                SOFTMAX=softmax, SINK=sink, PIECES=pieces,
+                SOFTMAX=softmax, SINK=sink, PIECES=pieces, writes=(weight, of_rows, parts),
             )  # fmt: skip
         launch(
             weights_kernel, s.matrices * s.slots, WARP, row_start, weight, parts, s.num_queries,
-            s.slots, s.num_edges, E=s.columns, CHUNK=s.chunk,
+            s.slots, s.num_edges, E=s.columns, CHUNK=s.chunk, writes=(weight,),
         )  # fmt: skip
         if value_reverse is not None:
             lists = col_start, col_queries, col_edges
@@ -126,7 +127,7 @@ def _columns(
         s.run(
             columns_kernel, programs, *q, *k, *x, *lists, weight, grad_score, grad_key, sums, added,
             key_parts, sum_parts, s.num_keys, programs, s.num_edges, s.heads, s.group, x_group,
-            scale, PIECES=pieces,
+            scale, PIECES=pieces, writes=(grad_key, sums, key_parts, sum_parts),
         )  # fmt: skip
 
 

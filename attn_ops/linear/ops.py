@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_ops import _autograd, _library, _plain, _vmap
+from attn_ops import _ahead, _autograd, _library, _plain, _vmap
 from attn_ops._checks import compute_dtype, fail, shape
 from attn_ops.linear import in_blocks
 from attn_ops.linear.arguments import (
@@ -337,6 +337,8 @@ for _op, _blocks, _cuda in (
 ):
     _library.implement(_op, _blocks, "CompositeExplicitAutograd")
     _library.implement(_op, _cuda, "CUDA")
+_ahead.trace_into("_linear_fwd", _forward_cuda)
+_ahead.trace_into("_linear_step", _step_cuda)
 _plain_forward = _plain.forward("linear", _NUM_TENSORS, _forward_cuda, _forward_backward)
 _library.implement("_linear_grad_decay", in_blocks.grad_decay, "CompositeExplicitAutograd")
 # A step has no gradient: nothing is recorded, and its result requires none.

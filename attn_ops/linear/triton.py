@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from attn_ops import _ahead
 from attn_ops._heads import per_kv_head
 from attn_ops._triton.descriptors import describable
 from attn_ops._triton.tiles import strided
@@ -36,6 +37,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     """`attn::_linear_fwd`."""
     p = Problem(args)
     if p.features > MAX_FEATURES:
+        _ahead.leave()
         return in_blocks.forward(*args)
     query, state, length = p.query, p.state, p.query.shape[2]
     normalized, carried = p.eps is not None, state is not None
@@ -57,7 +59,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
             forward_kernel, _walk(p, tiles, length, before), tiles.rows(query), tiles.rows(key),
             tiles.columns(value), p.mask, p.decay, p.offsets, *before, tiles.columns(out),
             denominator if normalized else None, *written, length, p.eps if normalized else 0.0,
-            **tiles.constants(length),
+            writes=(out, denominator, *written), **tiles.constants(length),
         )  # fmt: skip
     none = query.new_empty(0, dtype=torch.float32)
     if state is None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attn_ops._ahead import known
 from attn_ops._triton.launch import shared_memory
 
 
@@ -77,11 +78,14 @@ def processors(device: torch.device) -> int:
 
 def num_stages(plan: Plan, programs: int, parts: int, device: torch.device) -> int:
     """Stages of a march."""
-    return plan.sharing if parts > 1 and programs > processors(device) else plan.stages
+    shares = parts > 1 and known(programs > processors(device))
+    return plan.sharing if shares else plan.stages
 
 
 def num_segments(programs: int, num_tokens: int, chunk: int, device: torch.device) -> int:
     """Into how many segments a sequence is cut, so that every multiprocessor has a program."""
+    if not isinstance(programs * num_tokens, int):
+        return 1  # a package is for many sizes
     longest = max(1, num_tokens // (8 * chunk))
     return max(1, min(round(processors(device) / max(1, programs)), longest))
 
@@ -92,5 +96,7 @@ def halves_suffice(programs: int, device: torch.device) -> bool:
     Both halves of the value columns read the same queries and keys, one of them from the L2 cache;
     segments read keys and values twice.
     """
+    if not isinstance(programs, int):
+        return False
     each = processors(device) / max(1, programs)
     return round(each) > 1 and round(each / 2) == 1

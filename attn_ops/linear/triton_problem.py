@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attn_ops._ahead import known
 from attn_ops._triton import descriptors
-from attn_ops._triton.launch import dot_precision
+from attn_ops._triton.launch import Launch, dot_precision, launch
 from attn_ops._triton.tiles import padded, strided
 from attn_ops.feature_maps import num_features
 from attn_ops.linear.triton_core import (
@@ -153,7 +154,7 @@ class Problem:
             "F": self.features,
             "C": self.plan.chunk,
             "BLOCKS": self.blocks,
-            "EVEN": self.offsets is None and length % self.plan.chunk == 0,
+            "EVEN": self.offsets is None and known(length % self.plan.chunk == 0),
             "OPERAND": tl.bfloat16 if self.operand == torch.bfloat16 else tl.float32,
             "PRECISION": "tf32" if half else dot_precision(),
         }
@@ -186,12 +187,9 @@ class Problem:
     ) -> None:
         """One program per sequence, head, segment and part; `spared`: stages less than planned."""
         programs = self.sequences * self.heads * walk.segments * walk.parts
-        if programs:
-            stages = num_stages(self.plan, programs, walk.parts, self.query.device)
-            stages = max(1, stages - spared)
-            kernel[(programs,)](
-                *args, walk, **constants, num_warps=self.plan.warps, num_stages=stages
-            )
+        stages = num_stages(self.plan, programs, walk.parts, self.query.device)
+        sizes = Launch(self.plan.chunk, 0, self.plan.warps, max(1, stages - spared))
+        launch(kernel, programs, sizes, *args, walk, **constants)
 
     # --- sums over segments
 
@@ -218,7 +216,7 @@ class Problem:
         self.launch(
             segment_sums_kernel, walk, tiles.rows(x), tiles.columns(y), weights.coefficient,
             weights.factor, mask, self.decay, self.offsets, states, sums, length,
-            **tiles.constants(length), REVERSE=reverse,
+            **tiles.constants(length), REVERSE=reverse, writes=(states, sums),
         )  # fmt: skip
         if not self.causal:
             totals = (None if x is None else x[:, :segments].sum(1) for x in (states, sums))
@@ -238,9 +236,9 @@ class Problem:
         rows, slots, width = parts.shape
         block = min(32, triton.next_power_of_2(width))
         programs = rows * triton.cdiv(width, block)
-        if programs:
-            scan_kernel[(programs,)](
-                parts, initial, self.decay, result, length, self.heads, part_length, slots,
-                WIDTH=width, BLOCK=block, ROWS=16, REVERSE=reverse,
-            )  # fmt: skip
+        launch(
+            scan_kernel, programs, Launch(16, block, 4, 3),
+            parts, initial, self.decay, result, length, self.heads, part_length, slots,
+            WIDTH=width, BLOCK=block, ROWS=16, REVERSE=reverse, writes=(result,),
+        )  # fmt: skip
         return result

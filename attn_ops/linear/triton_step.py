@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attn_ops import _ahead
+from attn_ops._triton.launch import Launch, launch
 from attn_ops._triton.tiles import strided
 from attn_ops.feature_maps import num_features
 from attn_ops.linear import in_blocks
@@ -91,16 +93,18 @@ def step(
     batch, heads, _, width = query.shape
     features, columns = num_features(feature_map, width), value.shape[3]
     if features > 512:
+        _ahead.leave()
         return in_blocks.step(query, key, value, state, key_sum, decay, eps, feature_map)
     out = query.new_empty(batch, heads, 1, columns)
     padded = max(16, triton.next_power_of_2(features))
     block = min(max(16, triton.next_power_of_2(columns)), max(16, 8192 // padded))
     with torch.cuda.device_of(query):
-        if batch * heads:
-            step_kernel[(batch * heads,)](
-                strided(query), strided(key), strided(value), strided(state), key_sum,
-                *key_sum.stride(), None if decay is None else decay.contiguous(), out, heads,
-                heads // key.shape[1], 0.0 if eps is None else eps, FEATURES=feature_map, D=width,
-                E=columns, F=features, PF=padded, PE=block, NORMALIZE=eps is not None, num_warps=4,
-            )  # fmt: skip
+        launch(
+            step_kernel, batch * heads, Launch(padded, block, 4, 3),
+            strided(query), strided(key), strided(value), strided(state), key_sum,
+            *key_sum.stride(), None if decay is None else decay.contiguous(), out, heads,
+            heads // key.shape[1], 0.0 if eps is None else eps, FEATURES=feature_map, D=width,
+            E=columns, F=features, PF=padded, PE=block, NORMALIZE=eps is not None,
+            writes=(state, key_sum, out),
+        )  # fmt: skip
     return out

@@ -1,9 +1,9 @@
 """Compiles a model of all attentions ahead of time, for a program without Python.
 
-python compile_examples/aoti_cpp/export.py FOLDER  writes into it
-  model.pt2     the AOTInductor package
-  library.txt   the path of the library that holds the ops
-  cases.pt      inputs of several sizes, and what the model makes of them in Python
+python compile_examples/aoti_cpp/export.py FOLDER [cpu|cuda]  writes into it
+  model.pt2      the AOTInductor package
+  libraries.txt  the libraries that a program opens before it loads the package
+  cases.pt       inputs of several sizes, and what the model makes of them in Python
 """
 
 import sys
@@ -68,21 +68,22 @@ class Model(nn.Module):
         return x
 
 
-def main(folder: Path) -> None:
-    (library,) = _library.loaded_libraries
+def main(folder: Path, device: str = "cpu") -> None:
     torch.manual_seed(0)
-    model = Model().eval()
-    inputs = [torch.randn(batch, length, DIM) for batch, length in SIZES]
-    sizes = {0: Dim("batch", max=64), 1: Dim("length", max=4096)}
+    model = Model().eval().to(device)
+    inputs = [torch.randn(batch, length, DIM, device=device) for batch, length in SIZES]
+    sizes = {0: Dim("batch", max=64), 1: Dim.AUTO(min=2, max=4096)}
     with torch.no_grad():
         program = torch.export.export(model, (inputs[0],), dynamic_shapes=(sizes,))
         expected = [model(x) for x in inputs]
     folder.mkdir(parents=True, exist_ok=True)
     torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
-    (folder / "library.txt").write_text(library)
+    # PyTorch's own comes first: those of attn_ops look for its names.
+    libraries = ["libtorch_cuda.so"] * (device == "cuda") + _library.loaded_libraries
+    (folder / "libraries.txt").write_text("".join(f"{name}\n" for name in libraries))
     torch.save(inputs + expected, folder / "cases.pt")
-    print(f"{folder / 'model.pt2'} holds {len(ATTENTIONS)} kinds of attention")
+    print(f"{folder / 'model.pt2'} holds {len(ATTENTIONS)} kinds of attention for {device}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,13 +1,14 @@
 // Runs an AOTInductor package with ops of attn_ops in a process that holds no Python.
 //
-// run FOLDER, where export.py has written the package; see README.md. The ops live in a shared
-// library: opening it registers them with PyTorch's dispatcher, where the package looks them up.
+// run FOLDER, where export.py has written the package; see README.md. The ops live in shared
+// libraries: opening them registers the ops with PyTorch's dispatcher, where the package looks.
 
 #include <dlfcn.h>
 
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -23,9 +24,13 @@ std::vector<char> read(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
-void load_ops(const std::string& library) {
-  void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL);
-  TORCH_CHECK(handle != nullptr, "run: cannot load the ops: ", dlerror());
+// A name in every line.
+void open_libraries(const std::string& file) {
+  const std::vector<char> text = read(file);
+  std::istringstream lines({text.begin(), text.end()});
+  for (std::string name; std::getline(lines, name);) {
+    TORCH_CHECK(dlopen(name.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr, "run: ", dlerror());
+  }
 }
 
 }  // namespace
@@ -36,8 +41,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   const std::string folder = argv[1];
-  const std::vector<char> library = read(folder + "/library.txt");
-  load_ops({library.begin(), library.end()});
+  open_libraries(folder + "/libraries.txt");
 
   c10::InferenceMode mode;
   torch::inductor::AOTIModelPackageLoader model(folder + "/model.pt2");

@@ -7,7 +7,7 @@ from tests.conformance.conftest import nothing_compiled, pytest_generate_tests  
 from tests.conftest import DEVICE
 
 # What these ask is computed on the CPU on every machine: it says nothing of another device.
-ON_THE_CPU = ("test_aoti_cpp.py", "test_context_parallel.py", "test_dtensor.py", "test_onnx.py")
+ON_THE_CPU = ("test_context_parallel.py", "test_dtensor.py", "test_onnx.py")
 TWO_GPUS = ("test_fsdp_tensor_parallel.py",)  # otherwise its two processes take the CPU
 
 
