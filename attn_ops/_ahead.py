@@ -22,7 +22,12 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from attn_ops import _library
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    tracing = False
+
+
+_thread = _Thread()
 
 
 class _Left(Exception):
@@ -31,7 +36,7 @@ class _Left(Exception):
 
 def tracing() -> bool:
     """Whether a kernel is to leave what it does in the graph of a package."""
-    return getattr(_thread, "tracing", False)
+    return _thread.tracing
 
 
 def leave() -> None:

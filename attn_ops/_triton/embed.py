@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,6 +65,31 @@ def _compile(kernel: Any, args: Sequence[Any], constants: dict[str, Any]) -> Any
     return compiled
 
 
+@dataclass
+class _Passed:
+    """What a kernel is passed; `kinds` has a letter for each (csrc/common/cuda/embedded.cu)."""
+
+    kinds: str = ""
+    read: list[Tensor] = field(default_factory=list)
+    written: list[Tensor] = field(default_factory=list)
+    integers: list[int] = field(default_factory=list)
+    floats: list[float] = field(default_factory=list)
+
+    def add(self, kind: str, value: Any, writes: Sequence[Tensor | None]) -> None:
+        if isinstance(value, Tensor):
+            target = any(value is x for x in writes)
+            (self.written if target else self.read).append(value)
+            letter = "w" if target else "r"
+            self.kinds += letter.upper() if is_aligned(value) else letter
+        elif kind == "fp32":
+            self.floats.append(value)
+            self.kinds += "f"
+        else:
+            assert kind in ("i32", "i64"), kind
+            self.integers.append(value)
+            self.kinds += "i" if kind == "i32" else "l"
+
+
 def embed(
     kernel: Any, programs: Any, args: Sequence[Any], writes: Sequence[Tensor | None],
     constants: dict[str, Any],
@@ -71,26 +97,14 @@ def embed(
     """Leaves the launch of `programs` programs in the graph; `writes`: the tensors it writes."""
     compiled = _compile(kernel, args, constants)
     named = {name: constants[name] for name in kernel.arg_names if name in constants}
-    bound = kernel.signature.bind(*args, **named)
-    kinds, read, written, integers, floats = "", [], [], [], []
+    values = kernel.signature.bind(*args, **named).arguments
+    passed = _Passed()
     for name, kind in compiled.src.signature.items():
-        for part, value in _parameters(kind, bound.arguments[name]):
-            if isinstance(value, Tensor):
-                target = any(value is x for x in writes)
-                (written if target else read).append(value)
-                letter = "w" if target else "r"
-                kinds += letter.upper() if is_aligned(value) else letter
-            elif part == "fp32":
-                floats.append(value)
-                kinds += "f"
-            else:
-                assert part in ("i32", "i64"), (kernel, name, part)
-                integers.append(value)
-                kinds += "i" if part == "i32" else "l"
-    code = compiled.asm["cubin"]
-    data = compiled.metadata
+        for part, value in _parameters(kind, values[name]):
+            passed.add(part, value, writes)
+    code, data = compiled.asm["cubin"], compiled.metadata
     torch.ops.attn._launch(
         f"{data.name}:{hashlib.sha256(code).hexdigest()}",
         base64.b64encode(code).decode().rstrip("="),
-        kinds, read, written, integers, floats, programs, 32 * data.num_warps, data.shared,
+        *vars(passed).values(), programs, 32 * data.num_warps, data.shared,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attn_ops._ahead import tracing
+from attn_ops._ahead import known, tracing
 from attn_ops._triton.embed import embed
 from attn_ops._triton.tiles import padded
 
@@ -69,12 +69,14 @@ def launch(
 
     writes: the tensors that the kernel writes; of a forward, which packages are made of.
     """
-    constants |= {
-        "num_warps": sizes.warps, "num_stages": sizes.stages, "maxnreg": sizes.registers
-    }  # fmt: skip
-    if isinstance(programs, int) and programs == 0:
-        return
     if tracing():
-        embed(kernel, programs, args, writes, constants)
-    else:
-        kernel[(programs,)](*args, **constants)
+        if not known(programs == 0):
+            options = {
+                "num_warps": sizes.warps, "num_stages": sizes.stages, "maxnreg": sizes.registers
+            }  # fmt: skip
+            embed(kernel, programs, args, writes, constants | options)
+    elif programs:
+        kernel[(programs,)](
+            *args, **constants,
+            num_warps=sizes.warps, num_stages=sizes.stages, maxnreg=sizes.registers,
+        )  # fmt: skip

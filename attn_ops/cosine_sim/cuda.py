@@ -86,7 +86,7 @@ def _takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _may_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a package calls the kernels, which refuse what they do not take at its other sizes."""
+    """Whether a package calls the kernels: they refuse sizes that they do not take."""
     batch, heads, num_queries, width = query.shape
     num_keys = key.shape[2]
     return (

@@ -219,14 +219,15 @@ class Problem:
             **tiles.constants(length), REVERSE=reverse, writes=(states, sums),
         )  # fmt: skip
         if not self.causal:
-            totals = (None if x is None else x[:, :segments].sum(1) for x in (states, sums))
+            parts = (None if x is None else x.narrow(1, 0, segments) for x in (states, sums))
+            totals = (None if x is None else x.sum(1) for x in parts)
             return Sums(*totals), Sums(None, None)
         last = 0 if reverse else triton.cdiv(length, walk.length)
         before = Sums(
             self._scan(states, initial.states, length, walk.length, reverse),
             None if sums is None else self._scan(sums, initial.sums, length, walk.length, reverse),
         )
-        return before, Sums(*(None if x is None else x[:, last] for x in before))
+        return before, Sums(*(None if x is None else x.select(1, last) for x in before))
 
     def _scan(
         self, parts: Tensor, initial: Tensor | None, length: int, part_length: int, reverse: bool

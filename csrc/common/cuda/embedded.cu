@@ -68,9 +68,8 @@ const void* find_kernel(const Device& device, std::string_view name, std::string
   const std::vector<uint8_t> bytes = decode(code);
   cudaLibrary_t library = nullptr;
   cudaKernel_t kernel = nullptr;
-  check_cuda(
-      cudaLibraryLoadData(&library, bytes.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
-      function.c_str());
+  check_cuda(cudaLibraryLoadData(&library, bytes.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+             function.c_str());
   check_cuda(cudaLibraryGetKernel(&kernel, library, function.c_str()), function.c_str());
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(shared)),
@@ -173,7 +172,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
       "_launch(str kernel, str code, str kinds, Tensor[] read, Tensor(a!)[] written, SymInt[] "
       "integers, float[] floats, SymInt programs, int threads, int shared) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(attn, CUDA, m) { m.impl("_launch", &run); }
+STABLE_TORCH_LIBRARY_IMPL(attn, CUDA, m) {
+  m.impl("_launch", &run);
+}
 
 }  // namespace
 }  // namespace attn::cuda
