@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,15 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+def build_program(folder: Path) -> None:
+    options = [
+        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+        f"-DCMAKE_CXX_COMPILER={compiler()}",
+    ]
+    run("cmake", "-S", str(SOURCE), "-B", str(folder), *options)
+    run("cmake", "--build", str(folder))
+
+
 @pytest.mark.ops("cosine_sim", "l1", "l1_scores", "l1_sparse", "linear", "linear_with_state")
 @pytest.mark.skipif(not _library.loaded_libraries, reason="the ops are in the native library")
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
@@ -42,18 +52,11 @@ def run(*command: str) -> str:
 def test_package_runs_without_python(tmp_path: Path, device: torch.device) -> None:
     if device.type == "cuda" and (reason := _library.load_cuda_library()):
         pytest.skip(reason)
-    run(sys.executable, str(SOURCE / "export.py"), str(tmp_path), device.type)
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    run(
-        "cmake",
-        "-S",
-        str(SOURCE),
-        "-B",
-        str(tmp_path),
-        prefix,
-        f"-DCMAKE_CXX_COMPILER={compiler()}",
-    )
-    run("cmake", "--build", str(tmp_path))
+    with ThreadPoolExecutor() as pool:  # each takes half a minute
+        example = str(SOURCE / "export.py")
+        package = pool.submit(run, sys.executable, example, str(tmp_path), device.type)
+        build_program(tmp_path)
+        package.result()
     lines = run(str(tmp_path / "run"), str(tmp_path)).splitlines()
     assert len(lines) == 4
     assert lines[-1] == "as in Python, without Python"
