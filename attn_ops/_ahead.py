@@ -18,9 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from attn_ops import _library
+
+try:  # a private name, by which torch.library.triton_op does the same
+    from torch._subclasses.functional_tensor import FunctionalTensorMode as _Mode
+except ImportError:
+    _Mode = None  # type: ignore[assignment,misc]  # packages then call private ops by name
 
 
 class _Thread(threading.local):
@@ -68,6 +72,8 @@ def is_aligned(x: Tensor) -> bool:
 
 def trace_into(op: str, kernel: Callable[..., Any]) -> None:
     """Packages for CUDA hold what `kernel` does in place of `attn::op`."""
+    if _Mode is None:
+        return
 
     def rule(mode: Any, overload: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if _is_for_package(args[0]):
@@ -81,9 +87,7 @@ def trace_into(op: str, kernel: Callable[..., Any]) -> None:
                 _thread.tracing = False
         return mode.__torch_dispatch__(overload, types, args, kwargs)
 
-    torch.library.register_torch_dispatch(
-        f"attn::{op}", FunctionalTensorMode, rule, lib=_library._library
-    )
+    torch.library.register_torch_dispatch(f"attn::{op}", _Mode, rule, lib=_library._library)
 
 
 def _is_for_package(first: Tensor) -> bool:
