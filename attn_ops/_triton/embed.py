@@ -102,6 +102,7 @@ def embed(
     for name, kind in compiled.src.signature.items():
         for part, value in _parameters(kind, values[name]):
             passed.add(part, value, writes)
+    assert passed.written, f"{kernel}: which tensors does it write?"
     code, data = compiled.asm["cubin"], compiled.metadata
     torch.ops.attn._launch(
         f"{data.name}:{hashlib.sha256(code).hexdigest()}",
