@@ -64,7 +64,7 @@ def possible(condition: bool | torch.SymBool) -> bool:
 
 
 def is_aligned(x: Tensor) -> bool:
-    """Whether a traced tensor begins at a multiple of 16 bytes, as the buffer that it views does."""
+    """Whether a traced tensor begins at a multiple of 16 bytes, as the buffer it views does."""
     return known(x.storage_offset() * x.element_size() % 16 == 0)
 
 
