@@ -5,6 +5,7 @@ ops of the CUDA library are known by their schemas, and a driver only names the 
 """
 
 import base64
+import functools
 import re
 import subprocess
 import tempfile
@@ -115,6 +116,7 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Argument]]] = {
 }
 
 
+@functools.cache
 def exported(call: str, dtype: torch.dtype) -> torch.export.ExportedProgram:
     """On CUDA, of any batch size and length, with queries [B, M, H, D] transposed."""
     function, others = CALLS[call]
@@ -126,6 +128,7 @@ def exported(call: str, dtype: torch.dtype) -> torch.export.ExportedProgram:
     return torch.export.export(Call(function), (inputs,), dynamic_shapes=(sizes,))
 
 
+@functools.cache
 def packaged(call: str, dtype: torch.dtype) -> Any:
     """The graph that AOTInductor gets."""
     with V.set_aot_compilation(True):
