@@ -67,6 +67,7 @@ def differentiable(
     formula: Formula,
     *,
     tangents: Formula | None = None,
+    at_once: Formula | None = None,
     plain: bool = False,
 ) -> Formula:
     """Gives `attn::op` derivatives of every order in both modes.
@@ -76,6 +77,8 @@ def differentiable(
     formula(*args): the op in plain PyTorch. In forward mode it takes the op's place, so PyTorch
         itself differentiates it, whatever transforms are nested around.
     tangents(output, *args) -> the tangents of the outputs, for dual args: used instead.
+    at_once(*args) -> (output, its tangents), for dual args; None where the op and `tangents` are
+        to be called. Derivatives of its results are lost.
     plain: the formula runs for dual arguments alone. It must not call torch.func, which fails
         below outer transforms.
 
@@ -92,7 +95,7 @@ def differentiable(
         )
         return overload
 
-    function = _function(overload, setup, backward, tangents)
+    function = _function(overload, setup, backward, tangents, at_once)
 
     def kernel(keyset: Any, *args: Any) -> Any:
         dual = _in_forward_mode()
@@ -120,7 +123,13 @@ def differentiable(
     return call
 
 
-def _function(overload: Any, setup: Setup, backward: Formula, tangents: Formula | None) -> Any:
+def _function(
+    overload: Any,
+    setup: Setup,
+    backward: Formula,
+    tangents: Formula | None,
+    at_once: Formula | None,
+) -> Any:
     """The node of the graph. Its first argument is the keyset below autograd, None for all keys."""
 
     def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
@@ -129,20 +138,25 @@ def _function(overload: Any, setup: Setup, backward: Formula, tangents: Formula 
         _set_grad_enabled(True)
         _set_fwd_grad_enabled(True)
         dual = tangents is not None and _in_forward_mode() and _any_dual(args)
+        both = at_once(*args) if dual and at_once is not None else None
         with _AutoDispatchBelowAutograd():
-            if keyset is None:
+            if both is not None:
+                output = both[0]
+            elif keyset is None:
                 output = overload(*args)
             else:
                 output = overload.redispatch(keyset & _after_autograd_keyset, *args)
         setup(ctx, args, output)
         if dual:
-            ctx.dual = output, args
+            ctx.dual = output, args, both
         return output
 
     def jvp(ctx: Any, *_tangents: Any) -> Any:
         assert tangents is not None
-        output, args = ctx.dual
+        output, args, both = ctx.dual
         del ctx.dual  # it would keep itself alive
+        if both is not None:
+            return both[1]
         with forward_ad._set_fwd_grad_enabled(True):
             with torch.autocast(args[0].device.type, enabled=False):
                 return tangents(output, *args)
@@ -274,8 +288,17 @@ def derivatives_may_follow(tensors: Sequence[Tensor]) -> bool:
     if stack is not None and len(stack) > 1:
         return True
     # What was recorded outside of a transform is seen below its wrapper alone.
-    tensors = [get_unwrapped(x) if is_functorch_wrapped_tensor(x) else x for x in tensors]
-    return _any_requires_grad(*tensors)
+    return _any_requires_grad(*map(unwrapped, tensors))
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """What is below the wrapper of a transform, if any: at all levels if there is one."""
+    return get_unwrapped(x) if is_functorch_wrapped_tensor(x) else x
+
+
+def dispatch_mode_is_on() -> bool:
+    """Whether a mode is to see the ops that are called."""
+    return _len_torch_dispatch_stack() > 0
 
 
 def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:

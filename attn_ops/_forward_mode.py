@@ -45,6 +45,7 @@ RECORDED = 16
 
 Arguments = dict[str, Any]
 Part = tuple[int, int]  # first, last + 1
+Results = tuple[Tensor, Tensor]  # out, lse
 Operands = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # query, key, their tangents
 
 
@@ -135,6 +136,8 @@ class ForwardMode:
         tangent_key.
     by_kernel: (the forward's arguments, dual numbers) -> what `_room_jvp` takes as query, key and
         their tangents, None where no kernel computes them: then the two above do.
+    at_once: (the forward's arguments, dual numbers) -> results and their tangents by one kernel,
+        None where there is none.
     """
 
     def __init__(
@@ -143,9 +146,11 @@ class ForwardMode:
         score_operands: Callable[..., tuple[Tensor, Tensor]],
         score_tangents: Callable[..., tuple[Tensor | None, Tensor | None]],
         by_kernel: Callable[[Arguments], Operands | None] = lambda args: None,
+        at_once: Callable[[Arguments], tuple[Results, Results] | None] = lambda args: None,
     ) -> None:
         self._tangent, self._score_operands = tangent, score_operands
         self._score_tangents, self._by_kernel = score_tangents, by_kernel
+        self._at_once = at_once
         self.names = list(inspect.signature(tangent).parameters)
         self.tensors = [name for name in self.names if name in PLACES]
         self.differentiable = [
@@ -180,6 +185,17 @@ class ForwardMode:
                 place = (slice(*batches), heads, slice(*queries))
                 out[place], lse[place] = self._tangent(**part)
         return out, lse
+
+    def at_once(self, args: Arguments) -> tuple[Results, Results] | None:
+        """Results and tangents of the forward's arguments, which are dual numbers.
+
+        None where there is no kernel for both, or something is to see or to differentiate the two
+        ops that it stands for.
+        """
+        tensors = [x for x in args.values() if isinstance(x, Tensor)]
+        if _autograd.dispatch_mode_is_on() or is_fake(args["query"]):
+            return None
+        return None if _autograd.derivatives_may_follow(tensors) else self._at_once(args)
 
     def tangents(self, op: Any, args: Arguments, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Tangents of out and lse, from the forward's arguments, which are dual numbers.

@@ -106,6 +106,9 @@ class PrivateOps:
         named = dict(zip(self.arguments, args, strict=True))
         return self.forward_mode.tangents(getattr(torch.ops.attn, self.jvp), named, *outputs)
 
+    def results_and_tangents(self, *args: Any) -> Any:
+        return self.forward_mode.at_once(dict(zip(self.arguments, args, strict=True)))
+
     def jvp_backward(self, ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
         mode, args = self.forward_mode, (*ctx.saved_tensors, *ctx.options)
         return _autograd.vjp_of_formula(mode.formula, args, cotangents, mode.differentiable)
@@ -147,6 +150,7 @@ def register(
         ops.forward_backward,
         blocks.forward_formula,
         tangents=ops.forward_tangents,
+        at_once=ops.results_and_tangents,
     )
     ops.call_backward = _autograd.differentiable(
         ops.backward,

@@ -74,6 +74,16 @@ def assert_close(
     )
 
 
+def assert_tangent_close(name: str, actual: Tensor, same_dtype: Tensor, truth: Tensor) -> None:
+    """The same of a tangent: as near as the formula, but for a factor of two and a rounding."""
+    dtype = compute_dtype(actual.dtype)
+    size = max(1.0, truth[truth.isfinite()].abs().max().item())
+    rounding = torch.finfo(actual.dtype).eps + 256 * torch.finfo(dtype).eps
+    tolerance = 2 * largest_error(same_dtype, truth) + rounding * size
+    error = largest_error(actual, truth)
+    assert error <= tolerance, f"{name} is off by {error:.3g}, tolerance {tolerance:.3g}"
+
+
 def assert_same(name: str, actual: Tensor, expected: Tensor) -> None:
     """Two computations of one number in one dtype agree, up to roundings of numbers of about 1."""
     assert actual.shape == expected.shape, f"{name}: {actual.shape}, expected {expected.shape}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = range(8, 257, 8)
 # Fewer fill less than half of a tile, and leave the second warpgroup without work.
 FEWEST_QUERIES = 64
+TANGENT_WIDTHS = (64, 128)
 MOST_ROWS = 1 << 29  # rows are counted in 32 bits
 
 
@@ -188,3 +189,36 @@ def backward(
     )
     grad_query, grad_key, grad_value = grads
     return grad_query, grad_key, grad_value
+
+
+def serves_tangents(
+    args: dict[str, Any], rows: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> bool:
+    """Whether `with_tangents` takes the private forward's arguments, by their names.
+
+    rows: query, key and value. float16 has not the range for tangents.
+    """
+    if rows[0].dtype != torch.bfloat16 or rows[0].shape[3] not in TANGENT_WIDTHS:
+        return False
+    if args["groups"] != 1:
+        return False
+    others = (x for name, x in args.items() if name not in ("query", "key", "value"))
+    if any(isinstance(x, Tensor) for x in others) or any(x is None for x in tangents):
+        return False
+    # Below the wrappers of a transform.
+    plain = [_autograd.unwrapped(x) for x in (*rows, *tangents) if x is not None]
+    return (
+        shift_of(args["scale"], 1, rows[0].dtype) is not None
+        and _takes(*plain[:3])
+        and not any(x._is_zerotensor() for x in plain[3:])
+        and all(_has_whole_rows(x) for x in plain[3:])
+    )
+
+
+def with_tangents(*args: Any) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """out and lse, and their tangents, of a call that is served.
+
+    args: query, key and value, their tangents, left, right and scale.
+    """
+    out, lse, tangent_out, tangent_lse = torch.ops.attn._cosine_sim_fwd_jvp_cuda(*args)
+    return (out, lse), (tangent_out, tangent_lse)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from attn_ops import _autograd
 from attn_ops._checks import compute_dtype
-from attn_ops._forward_mode import ForwardMode, Operands
+from attn_ops._forward_mode import ForwardMode, Operands, Results
 from attn_ops._in_blocks import InBlocks
-from attn_ops.cosine_sim import reference
+from attn_ops.cosine_sim import cuda, reference
 
 ATTENTION = InBlocks(
     reference.forward,
@@ -55,6 +55,18 @@ def _units_by_kernel(args: dict[str, Any]) -> Operands | None:
     return unit_query, unit_key, tangent_query, tangent_key
 
 
+def _by_one_kernel(args: dict[str, Any]) -> tuple[Results, Results] | None:
+    """Results and tangents in one pass over the keys, where each row has a tangent."""
+    rows, tangents = zip(*(_autograd.unpack_dual(args[name]) for name in ("query", "key", "value")))
+    if not cuda.serves_tangents(args, rows, tangents):
+        return None
+    return cuda.with_tangents(*rows, *tangents, args["left"], args["right"], args["scale"])
+
+
 FORWARD_MODE = ForwardMode(
-    reference.tangent, reference.score_operands, reference.score_tangents, _units_by_kernel
+    reference.tangent,
+    reference.score_operands,
+    reference.score_tangents,
+    _units_by_kernel,
+    _by_one_kernel,
 )

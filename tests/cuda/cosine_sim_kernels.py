@@ -15,13 +15,14 @@ from torch import Tensor
 from attn_ops._arguments import fold
 from attn_ops.cosine_sim import cuda
 from attn_ops.cosine_sim.triton_core import Inputs
-from tests.comparison import assert_close
+from tests.comparison import assert_close, assert_tangent_close
 from tests.conformance.evaluate import (
     assert_arguments_agree,
     cotangents,
     in_dtype,
     with_gradients,
 )
+from tests.conformance.test_forward_mode import tangents_of
 from tests.conftest import DEVICE
 from tests.cosine_sim.spec import SPEC
 from tests.cuda import emulated
@@ -167,6 +168,42 @@ def test_results_and_gradients_agree_with_the_formula(
     rounding = SPEC.rounding(dtype, exact_arguments, *grads)
     for result, truth in exact.items():
         assert_close(result, actual[result], same_dtype[result], truth, rounding)
+
+
+TANGENTS = [name for name, case in CASES.items() if case.mask is None and name != "other widths"]
+
+
+def results_and_tangents(function: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """out, lse and their tangents, where query, key and value have one, equal for all dtypes."""
+    names = ("query", "key", "value")
+    inputs = tuple(arguments[name] for name in names)
+    results = torch.func.jvp(
+        lambda *rows: function(**(arguments | dict(zip(names, rows)))), inputs, tangents_of(inputs)
+    )
+    return dict(zip((*SPEC.results, *(f"tangent of {x}" for x in SPEC.results)), sum(results, ())))
+
+
+@pytest.mark.parametrize("width", cuda.TANGENT_WIDTHS)
+@pytest.mark.parametrize("name", TANGENTS)
+def test_results_and_tangents_of_one_kernel_agree_with_the_formula(
+    name: str, width: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_is_there", lambda device: True)
+    one_kernel = Mock(wraps=cuda.with_tangents)
+    monkeypatch.setattr(cuda, "with_tangents", one_kernel)
+    arguments = arguments_of(CASES[name], width, torch.bfloat16, device)
+    actual = results_and_tangents(SPEC.run, arguments)
+    assert one_kernel.call_count == 1
+    exact_arguments = in_dtype(arguments, torch.float64)
+    exact = results_and_tangents(SPEC.formula, exact_arguments)
+    same_dtype = results_and_tangents(SPEC.formula, arguments)
+    rounding = SPEC.rounding(
+        torch.bfloat16, exact_arguments, *cotangents(*SPEC.formula(**exact_arguments))
+    )
+    for result in SPEC.results:
+        assert_close(result, actual[result], same_dtype[result], exact[result], rounding)
+        name = f"tangent of {result}"
+        assert_tangent_close(name, actual[name], same_dtype[name], exact[name])
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's backward needs a GPU")

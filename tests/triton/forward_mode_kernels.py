@@ -10,7 +10,7 @@ from torch.func import jvp
 
 from attn_ops import _forward_mode, _library
 from attn_ops.cosine_sim import in_blocks
-from tests.comparison import compute_dtype, largest_error
+from tests.comparison import assert_tangent_close, compute_dtype
 from tests.conformance.capture import Calls
 from tests.conformance.evaluate import in_dtype
 from tests.conformance.test_forward_mode import tangents_of
@@ -55,11 +55,7 @@ def assert_tangents_agree(arguments: dict[str, Any], names: list[str]) -> None:
     same_dtype = tangents(arguments, SPEC.formula, names)
     for name, result, of_formula, truth in zip(SPEC.results, actual, same_dtype, exact):
         assert result.dtype == (dtype if name == "out" else compute_dtype(dtype))
-        size = max(1.0, truth[truth.isfinite()].abs().max().item())
-        rounding = torch.finfo(result.dtype).eps + 256 * torch.finfo(compute_dtype(dtype)).eps
-        tolerance = 2 * largest_error(of_formula, truth) + rounding * size
-        error = largest_error(result, truth)
-        assert error <= tolerance, f"{name} is off by {error:.3g}, tolerance {tolerance:.3g}"
+        assert_tangent_close(name, result, of_formula, truth)
 
 
 @pytest.mark.parametrize(

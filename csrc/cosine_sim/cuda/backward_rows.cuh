@@ -17,16 +17,6 @@ struct QueryRows {
   float factor;                 // scale * log2(e)
 };
 
-// Lanes that share a row hold 8 elements each.
-template <class T>
-ATTN_DEVICE float dot(uint4 x, uint4 y) {
-  const float2 a = unpack(x.x, T{}), b = unpack(x.y, T{}), c = unpack(x.z, T{}),
-               d = unpack(x.w, T{});
-  const float2 e = unpack(y.x, T{}), f = unpack(y.y, T{}), g = unpack(y.z, T{}),
-               h = unpack(y.w, T{});
-  return a.x * e.x + a.y * e.y + b.x * f.x + b.y * f.y +
-         (c.x * g.x + c.y * g.y + d.x * h.x + d.y * h.y);
-}
 template <class T, int kWidth, int kQueries>
 ATTN_DEVICE void query_rows(const QueryRows& p, int number) {
   constexpr int kLanes = kWidth / 8, kRows = 256 / kLanes;

@@ -10,6 +10,7 @@
 #include "cosine_sim/cuda/backward.cuh"
 #include "cosine_sim/cuda/forward.cuh"
 #include "cosine_sim/cuda/seen.cuh"
+#include "cosine_sim/cuda/tangents.cuh"
 
 namespace attn::cuda::cosine {
 
@@ -21,6 +22,8 @@ template <>
 void backward<BFloat>(const BackwardCall& call);
 template <>
 void backward<Half>(const BackwardCall& call);
+template <>
+void tangents<BFloat>(const TangentCall& call);
 
 namespace {
 
@@ -112,6 +115,34 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, std::option
   return {grads[0], grads[1], grads[2]};
 }
 
+void check_tangent(const char* name, const Tensor& tangent, const Tensor& x) {
+  check_dtype(kOp, name, tangent, x.scalar_type());
+  check_shape(kOp, name, tangent, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  check_rows(name, tangent);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> with_tangents(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& tangent_query,
+    const Tensor& tangent_key, const Tensor& tangent_value, int64_t left, int64_t right,
+    double scale) {
+  check(query, key, value, scale);
+  const int64_t B = query.size(0), H = query.size(1), M = query.size(2), D = query.size(3);
+  STD_TORCH_CHECK(query.scalar_type() == ScalarType::BFloat16 && (D == 64 || D == 128), kOp,
+                  ": the kernel for tangents is for bfloat16 and D = 64 or 128");
+  check_tangent("tangent_query", tangent_query, query);
+  check_tangent("tangent_key", tangent_key, key);
+  check_tangent("tangent_value", tangent_value, value);
+  Tensor out = allocate(query, {B, H, M, D}), tangent_out = allocate(query, {B, H, M, D});
+  Tensor lse = allocate(query, {B, H, M}, ScalarType::Float);
+  Tensor tangent_lse = allocate(query, {B, H, M}, ScalarType::Float);
+  if (lse.numel() > 0) {
+    const ForwardCall forward{query, key, value, out, lse, Reach{left, right}, Order{}, scale};
+    tangents<BFloat>({forward, tangent_query, tangent_key, tangent_value, tangent_out,
+                      tangent_lse});
+  }
+  return {out, lse, tangent_out, tangent_lse};
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
   m.def(
       "_cosine_sim_fwd_cuda(Tensor query, Tensor key, Tensor value, Tensor? mask, "
@@ -120,10 +151,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
       "_cosine_sim_bwd_cuda(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
       "value, Tensor out, Tensor lse, Tensor? mask, int left, "
       "int right, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_cosine_sim_fwd_jvp_cuda(Tensor query, Tensor key, Tensor value, Tensor tangent_query, "
+      "Tensor tangent_key, Tensor tangent_value, int left, int right, float scale) -> (Tensor out, "
+      "Tensor lse, Tensor tangent_out, Tensor tangent_lse)");
 }
 STABLE_TORCH_LIBRARY_IMPL(attn, ATTN_DISPATCH_KEY, m) {
   m.impl("_cosine_sim_fwd_cuda", TORCH_BOX(&attend));
   m.impl("_cosine_sim_bwd_cuda", TORCH_BOX(&gradients));
+  m.impl("_cosine_sim_fwd_jvp_cuda", TORCH_BOX(&with_tangents));
 }
 
 }  // namespace

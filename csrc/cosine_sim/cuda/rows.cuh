@@ -52,6 +52,17 @@ ATTN_DEVICE float squares(uint4 x, float sum) {
   return sum + (c.x * c.x + c.y * c.y + d.x * d.x + d.y * d.y);
 }
 
+// Of 8 elements.
+template <class T>
+ATTN_DEVICE float dot(uint4 x, uint4 y) {
+  const float2 a = unpack(x.x, T{}), b = unpack(x.y, T{}), c = unpack(x.z, T{}),
+               d = unpack(x.w, T{});
+  const float2 e = unpack(y.x, T{}), f = unpack(y.y, T{}), g = unpack(y.z, T{}),
+               h = unpack(y.w, T{});
+  return a.x * e.x + a.y * e.y + b.x * f.x + b.y * f.y +
+         (c.x * g.x + c.y * g.y + d.x * h.x + d.y * h.y);
+}
+
 template <class T>
 ATTN_DEVICE uint32_t scaled(uint32_t x, float factor) {
   const float2 pair = unpack(x, T{});
