@@ -74,11 +74,12 @@ def assert_close(
     )
 
 
-def assert_tangent_close(name: str, actual: Tensor, same_dtype: Tensor, truth: Tensor) -> None:
-    """The same of a tangent: as near as the formula, but for a factor of two and a rounding."""
-    dtype = compute_dtype(actual.dtype)
+def assert_tangent_close(
+    name: str, actual: Tensor, same_dtype: Tensor, truth: Tensor, rounded_to: torch.dtype
+) -> None:
+    """The same of a tangent. rounded_to: the dtype of the narrowest numbers that it is made of."""
     size = max(1.0, truth[truth.isfinite()].abs().max().item())
-    rounding = torch.finfo(actual.dtype).eps + 256 * torch.finfo(dtype).eps
+    rounding = torch.finfo(rounded_to).eps + 256 * torch.finfo(compute_dtype(rounded_to)).eps
     tolerance = 2 * largest_error(same_dtype, truth) + rounding * size
     error = largest_error(actual, truth)
     assert error <= tolerance, f"{name} is off by {error:.3g}, tolerance {tolerance:.3g}"

@@ -170,7 +170,11 @@ def test_results_and_gradients_agree_with_the_formula(
         assert_close(result, actual[result], same_dtype[result], truth, rounding)
 
 
+# Masks and other widths have no such kernel; of the others an emulation runs those that differ.
 TANGENTS = [name for name, case in CASES.items() if case.mask is None and name != "other widths"]
+if DEVICE == "cpu":
+    TANGENTS = [name for name in TANGENTS if "unit keys" not in name and name != "one tile"]
+    TANGENTS.remove("without a scale")
 
 
 def results_and_tangents(function: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -203,7 +207,8 @@ def test_results_and_tangents_of_one_kernel_agree_with_the_formula(
     for result in SPEC.results:
         assert_close(result, actual[result], same_dtype[result], exact[result], rounding)
         name = f"tangent of {result}"
-        assert_tangent_close(name, actual[name], same_dtype[name], exact[name])
+        # Unit vectors and weights have 16 bits, whatever results have.
+        assert_tangent_close(name, actual[name], same_dtype[name], exact[name], torch.bfloat16)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's backward needs a GPU")

@@ -92,8 +92,6 @@ ATTN_DEVICE void multiply_held(float (&d)[N / 2], const uint32_t (&a)[4], uint64
   ATTN_SHARED(multiply_shared, T, type, 128, 64, "0, 0", 64, 65, 66)                  \
   ATTN_SHARED(multiply_transposed, T, type, 32, 16, "1, 1", 16, 17, 18)               \
   ATTN_SHARED(multiply_transposed, T, type, 64, 32, "1, 1", 32, 33, 34)               \
-  ATTN_REGISTERS(multiply_held, T, type, 64, 32, "0", 32, 33, 34, 35, 36, 37)         \
-  ATTN_REGISTERS(multiply_held, T, type, 96, 48, "0", 48, 49, 50, 51, 52, 53)         \
   ATTN_REGISTERS(multiply_held, T, type, 128, 64, "0", 64, 65, 66, 67, 68, 69)        \
   ATTN_REGISTERS(multiply_registers, T, type, 32, 16, "1", 16, 17, 18, 19, 20, 21)    \
   ATTN_REGISTERS(multiply_registers, T, type, 64, 32, "1", 32, 33, 34, 35, 36, 37)    \

@@ -121,10 +121,12 @@ void check_tangent(const char* name, const Tensor& tangent, const Tensor& x) {
   check_rows(name, tangent);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> with_tangents(
-    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& tangent_query,
-    const Tensor& tangent_key, const Tensor& tangent_value, int64_t left, int64_t right,
-    double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> with_tangents(const Tensor& query, const Tensor& key,
+                                                         const Tensor& value,
+                                                         const Tensor& tangent_query,
+                                                         const Tensor& tangent_key,
+                                                         const Tensor& tangent_value, int64_t left,
+                                                         int64_t right, double scale) {
   check(query, key, value, scale);
   const int64_t B = query.size(0), H = query.size(1), M = query.size(2), D = query.size(3);
   STD_TORCH_CHECK(query.scalar_type() == ScalarType::BFloat16 && (D == 64 || D == 128), kOp,
@@ -137,8 +139,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> with_tangents(
   Tensor tangent_lse = allocate(query, {B, H, M}, ScalarType::Float);
   if (lse.numel() > 0) {
     const ForwardCall forward{query, key, value, out, lse, Reach{left, right}, Order{}, scale};
-    tangents<BFloat>({forward, tangent_query, tangent_key, tangent_value, tangent_out,
-                      tangent_lse});
+    tangents<BFloat>(
+        {forward, tangent_query, tangent_key, tangent_value, tangent_out, tangent_lse});
   }
   return {out, lse, tangent_out, tangent_lse};
 }

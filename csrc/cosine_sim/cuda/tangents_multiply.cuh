@@ -3,12 +3,14 @@
 //
 // With S = scale q^.k^, S' its tangent and P = exp(S): l = sum P, l' = sum P S', and
 // out = sum P value / l, tangent_out = (sum P value' + (P S') value - l' out) / l. Exponents are
-// bounded as in forward_multiply.cuh. Six products for one exponential: those of the next tile of
-// keys start before the last ones of this tile have ended, so that the matrix units go on while
-// weights are computed.
+// bounded as in forward_multiply.cuh. Six products for one exponential: weights are computed while
+// products make S', and P S' while products make both sums of P, so that a warpgroup waits for
+// nothing but the first scores of a tile, when the others keep the matrix units busy. Turns, which
+// keep warpgroups apart, cost an eighth (LOG.md).
 #pragma once
 
 #include "cosine_sim/cuda/tangents_plan.cuh"
+#include "cosine_sim/cuda/unit_rows.cuh"
 
 namespace attn::cuda::cosine {
 
@@ -25,13 +27,12 @@ struct TangentMultiply {
   int warpgroup;  // of those that multiply
   int lane, row;  // `row` of the tile, and row + 8
 
-  int count = 0;  // of tiles of keys, and of values
+  Ring<P::kStages> ring;  // of keys and of values
   Ring<1> queries;
 
   float out[kOutputs], tangent_out[kOutputs];
   float score[kScores], tangent[kScores];
   uint32_t weight[kKeySteps][4], moved[kKeySteps][4];  // P and P S'
-  uint32_t query[P::kHeld ? kSteps : 1][4], tangent_query[P::kHeld ? kSteps : 1][4];
   float sum[2], weight_sum[2], moved_sum[2];  // of both rows: of P, and of what is multiplied
 
   ATTN_DEVICE TangentMultiply(const Tangents& problem, TangentShared<P> memory, int thread)
@@ -42,7 +43,6 @@ struct TangentMultiply {
   }
 
   ATTN_DEVICE void run() {
-    if (P::kTurns && warpgroup == P::kWarpgroups - 1) named_arrive(1, 256);  // the first one's turn
     Tile tile;
     for (Tiles<P> tiles{p}; tiles.next(tile);) {
       attend(tile);
@@ -54,24 +54,20 @@ struct TangentMultiply {
   ATTN_DEVICE void attend(const Tile& tile) {
     ATTN_UNROLL
     for (int i = 0; i < 2; ++i) sum[i] = weight_sum[i] = moved_sum[i] = 0.0f;
-    barrier_wait(shared.query_arrived(), queries.parity);
+    barrier_wait(shared.query_arrived(warpgroup), queries.parity);
     queries.advance();
-    if constexpr (P::kHeld) hold_queries();
+    normalise();
     for (int i = tile.keys.end - 1; i >= 0; --i) step(tile, i, i + 1 < tile.keys.end);
-    if constexpr (!P::kHeld) release(shared.query_free());
     add_sums(sum);
     add_sums(weight_sum);
     add_sums(moved_sum);
   }
 
-  // Weights are computed while products make tangents of scores, and multiplied with these while
-  // products make outputs of both kinds.
   ATTN_DEVICE void step(const Tile& tile, int i, int accumulate) {
-    const int stage = count % P::kStages;
-    const uint32_t parity = count / P::kStages % 2;
-    ++count;
+    const int stage = ring.index;
+    const uint32_t parity = ring.parity;
+    ring.advance();
     barrier_wait(shared.key_arrived(stage), parity);
-    if constexpr (P::kTurns) named_sync(1 + warpgroup, 256);
     products_fence();
     start_scores(stage);
     start_tangents(stage);
@@ -87,12 +83,10 @@ struct TangentMultiply {
     barrier_wait(shared.value_arrived(stage), parity);
     products_fence();
     start_outputs(stage, accumulate);
-    if constexpr (P::kTurns) {
-      named_arrive(1 + (warpgroup + 1 == P::kWarpgroups ? 0 : warpgroup + 1), 256);
-    }
     products_wait<1>();
     keep_here(tangent);
     release(shared.key_free(stage));
+    if (i == 0) release(shared.query_free(warpgroup));
     move_weights();
     products_fence();
     start_moved(stage);
@@ -136,46 +130,48 @@ struct TangentMultiply {
 
   // --- products; each starts where the ones before it end
 
-  ATTN_DEVICE void hold_queries() {
-    const int at = row - lane / 4 + lane % 16;  // 16 rows, then the same at the next 8 columns
-    ATTN_UNROLL
-    for (int i = 0; i < kSteps; ++i) {
-      load_matrices(query[i], piece<P::kQueries>(shared.query(), at, 2 * i + lane / 16));
-      load_matrices(tangent_query[i], piece<P::kQueries>(shared.query() + P::kQueryBytes, at,
-                                                         2 * i + lane / 16));
-      keep_here(query[i]);
-      keep_here(tangent_query[i]);
+  // Rows of queries become unit vectors where they lie.
+  ATTN_DEVICE void normalise() const {
+    constexpr int kLanes = P::kWidth / 8;
+    unsigned char* tile = shared.query(warpgroup);
+    const int first = row - lane / 4 - warpgroup * 64 + lane / kLanes;
+#pragma unroll 4
+    for (int i = 0; i < 16; i += 32 / kLanes) {
+      uint32_t* at = piece<64>(tile, first + i, lane % kLanes);
+      uint32_t* tangent_at = piece<64>(tile + P::kQueryBytes, first + i, lane % kLanes);
+      uint4 x = load4(at), its_tangent = load4(tangent_at);
+      make_unit<T, kLanes>(x, its_tangent, p.factor, p.scale);
+      store4(at, x);
+      store4(tangent_at, its_tangent);
     }
-    release(shared.query_free());
+    fence_async();
+    named_sync(1 + warpgroup, 128);
   }
 
-  // d (+)= queries keys^T, where `behind` is a tile of keys and `held` or `ahead` are queries.
-  ATTN_DEVICE void add_product(float (&d)[kScores], const uint32_t (&held)[P::kHeld ? kSteps : 1][4],
-                               unsigned char* ahead, unsigned char* behind, int accumulate) const {
-    const uint64_t a = matrix(ahead + warpgroup * 64 * 128, 0), b = matrix(behind, 0);
+  // d (+)= queries keys^T, of which `ahead` and `behind` are tiles.
+  ATTN_DEVICE void add_product(float (&d)[kScores], unsigned char* ahead, unsigned char* behind,
+                               int accumulate) const {
+    const uint64_t a = matrix(ahead, 0), b = matrix(behind, 0);
     ATTN_UNROLL
     for (int i = 0; i < kSteps; ++i) {
       // 16 columns are 32 bytes of a row, or the next panel.
       const int panel = i / 4, bytes = i % 4 * 32;
       const uint64_t at = b + ((panel * P::kKeys * 128 + bytes) >> 4);
-      if constexpr (P::kHeld) {
-        multiply_held<T, P::kKeys>(d, held[i], at, i > 0 ? 1 : accumulate);
-      } else {
-        multiply_shared<T, P::kKeys>(d, a + ((panel * P::kQueries * 128 + bytes) >> 4), at,
-                                     i > 0 ? 1 : accumulate);
-      }
+      multiply_shared<T, P::kKeys>(d, a + ((panel * 64 * 128 + bytes) >> 4), at,
+                                   i > 0 ? 1 : accumulate);
     }
   }
 
   ATTN_DEVICE void start_scores(int stage) {
-    add_product(score, query, shared.query(), shared.key(stage), 0);
+    add_product(score, shared.query(warpgroup), shared.key(stage), 0);
     products_commit();
   }
 
   ATTN_DEVICE void start_tangents(int stage) {
     unsigned char* key = shared.key(stage);
-    add_product(tangent, tangent_query, shared.query() + P::kQueryBytes, key, 0);
-    add_product(tangent, query, shared.query(), key + P::kKeyBytes, 1);
+    unsigned char* ahead = shared.query(warpgroup);
+    add_product(tangent, ahead + P::kQueryBytes, key, 0);
+    add_product(tangent, ahead, key + P::kKeyBytes, 1);
     products_commit();
   }
 
@@ -278,8 +274,8 @@ __global__ void __launch_bounds__(P::kThreads, 1)
 #ifdef ATTN_HOPPER
   const TangentShared<P> shared{aligned_shared_memory()};
   if (threadIdx.x == 0) {
-    for (const TensorMap* map : {&p.query, &p.key, &p.value, &p.tangent_query, &p.tangent_key,
-                                 &p.tangent_value}) {
+    for (const TensorMap* map :
+         {&p.query, &p.key, &p.value, &p.tangent_query, &p.tangent_key, &p.tangent_value}) {
       prefetch_map(map);
     }
     shared.init_barriers();
@@ -287,7 +283,13 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     fewer_registers<P::kFetchRegisters>();
-    if (shuffle(static_cast<int>(threadIdx.x / 32), 0) == 0) TangentFetch<P>{p, shared}.load();
+    const TangentFetch<P> fetch{p, shared};
+    const int warp = shuffle(static_cast<int>(threadIdx.x / 32), 0);
+    if (warp == 0) {
+      fetch.load_keys();
+    } else if (warp <= P::kWarpgroups) {
+      fetch.load_queries(warp - 1);
+    }
   } else {
     more_registers<P::kMultiplyRegisters>();
     TangentMultiply<P> multiply(p, shared, threadIdx.x - 128);

@@ -7,9 +7,9 @@ namespace attn::cuda::cosine {
 
 struct UnitRows {
   RowsOf x, tangent;
-  int heads, rows, D;            // heads of a batch
-  float factor, tangent_factor;  // of what is written
-  void* unit;                    // [B, heads, rows, D]
+  int heads, rows;       // heads of a batch
+  float tangent_factor;  // of what is written
+  void* unit;            // [B, heads, rows, kWidth]
   void* tangent_unit;
 };
 
@@ -20,6 +20,22 @@ ATTN_DEVICE uint32_t moved_along(uint32_t tangent, uint32_t x, float along, floa
   return pack((a.x + along * b.x) * factor, (a.y + along * b.y) * factor, T{});
 }
 
+// 8 elements of a row and of its tangent, of which kLanes lanes have all, as those of a unit vector
+// times `factor` and of its tangent times `tangent_factor`.
+template <class T, int kLanes>
+ATTN_DEVICE void make_unit(uint4& x, uint4& tangent, float factor, float tangent_factor) {
+  const float squared = sum_of_lanes<kLanes>(squares<T>(x, 0.0f));
+  const float product = sum_of_lanes<kLanes>(dot<T>(x, tangent));
+  const float inverse = inverse_length(squared);
+  // Below the floor of the norm the divisor is a constant: nothing to project out.
+  const float along = squared > 1e-24f ? -(product * inverse) * inverse : 0.0f;
+  const float f = inverse * factor, t = inverse * tangent_factor;
+  tangent = make_uint4(
+      moved_along<T>(tangent.x, x.x, along, t), moved_along<T>(tangent.y, x.y, along, t),
+      moved_along<T>(tangent.z, x.z, along, t), moved_along<T>(tangent.w, x.w, along, t));
+  x = make_uint4(scaled<T>(x.x, f), scaled<T>(x.y, f), scaled<T>(x.z, f), scaled<T>(x.w, f));
+}
+
 // As find_unit_keys.
 template <class T, int kWidth>
 ATTN_DEVICE void find_unit_rows(const UnitRows& p, int number) {
@@ -28,35 +44,24 @@ ATTN_DEVICE void find_unit_rows(const UnitRows& p, int number) {
   const int blocks = (p.rows + kRowsOfBlock<kWidth> - 1) / kRowsOfBlock<kWidth>;
   const int head = number / blocks, batch = head / p.heads;
   const int first = (number - head * blocks) * kRowsOfBlock<kWidth> + threadIdx.x / kLanes;
-  uint4 x[kAtOnce<kWidth>], dx[kAtOnce<kWidth>];
+  uint4 x[kAtOnce<kWidth>], tangent[kAtOnce<kWidth>];
   ATTN_UNROLL
   for (int i = 0; i < kAtOnce<kWidth>; ++i) {
     const int n = first + i * kRows;
-    x[i] = dx[i] = make_uint4(0, 0, 0, 0);
-    if (n < p.rows && part * 8 < p.D) {
+    x[i] = tangent[i] = make_uint4(0, 0, 0, 0);
+    if (n < p.rows) {
       x[i] = load_piece(row_of<T>(p.x, batch, head - batch * p.heads, n) + part * 8);
-      dx[i] = load_piece(row_of<T>(p.tangent, batch, head - batch * p.heads, n) + part * 8);
+      tangent[i] = load_piece(row_of<T>(p.tangent, batch, head - batch * p.heads, n) + part * 8);
     }
   }
   ATTN_UNROLL
   for (int i = 0; i < kAtOnce<kWidth>; ++i) {
     const int n = first + i * kRows;
-    const float squared = sum_of_lanes<kLanes>(squares<T>(x[i], 0.0f));
-    const float product = sum_of_lanes<kLanes>(dot<T>(x[i], dx[i]));
-    const float inverse = inverse_length(squared);
-    // Below the floor of the norm the divisor is a constant: nothing to project out.
-    const float along = squared > 1e-24f ? -(product * inverse) * inverse : 0.0f;
-    if (n >= p.rows || part * 8 >= p.D) continue;
-    const int64_t at = (int64_t{head} * p.rows + n) * p.D + part * 8;
-    const float f = inverse * p.factor, t = inverse * p.tangent_factor;
-    store4(reinterpret_cast<uint32_t*>(static_cast<T*>(p.unit) + at),
-           make_uint4(scaled<T>(x[i].x, f), scaled<T>(x[i].y, f), scaled<T>(x[i].z, f),
-                      scaled<T>(x[i].w, f)));
-    store4(reinterpret_cast<uint32_t*>(static_cast<T*>(p.tangent_unit) + at),
-           make_uint4(moved_along<T>(dx[i].x, x[i].x, along, t),
-                      moved_along<T>(dx[i].y, x[i].y, along, t),
-                      moved_along<T>(dx[i].z, x[i].z, along, t),
-                      moved_along<T>(dx[i].w, x[i].w, along, t)));
+    make_unit<T, kLanes>(x[i], tangent[i], 1.0f, p.tangent_factor);
+    if (n >= p.rows) continue;
+    const int64_t at = (int64_t{head} * p.rows + n) * kWidth + part * 8;
+    store4(reinterpret_cast<uint32_t*>(static_cast<T*>(p.unit) + at), x[i]);
+    store4(reinterpret_cast<uint32_t*>(static_cast<T*>(p.tangent_unit) + at), tangent[i]);
   }
 }
 
