@@ -4,7 +4,7 @@ Run by test_kernels.py in a process of its own, where there is no GPU on an emul
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import Mock
 
@@ -209,6 +209,37 @@ def test_results_and_tangents_of_one_kernel_agree_with_the_formula(
         name = f"tangent of {result}"
         # Unit vectors and weights have 16 bits, whatever results have.
         assert_tangent_close(name, actual[name], same_dtype[name], exact[name], torch.bfloat16)
+
+
+FOLLOWED: dict[str, Callable[..., Any]] = {
+    "the gradient of a tangent": lambda f, x, t: torch.func.grad(
+        lambda x: torch.func.jvp(f, (x,), (t,))[1].float().sum()
+    )(x),
+    "a backward": lambda f, x, t: torch.func.jvp(f, (x.requires_grad_(),), (t,)),
+    "a batch of directions": lambda f, x, t: torch.func.vmap(
+        lambda t: torch.func.jvp(f, (x,), (t,))
+    )(torch.stack([t, t])),
+}
+
+
+@pytest.mark.parametrize("what", FOLLOWED)
+def test_one_kernel_leaves_results_that_something_follows_to_the_op(
+    what: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has no derivative: its results would be constants."""
+    monkeypatch.setattr(cuda, "_is_there", lambda device: True)
+    one_kernel = Mock(wraps=cuda.with_tangents)
+    monkeypatch.setattr(cuda, "with_tangents", one_kernel)
+    x = torch.randn(1, 1, 64, 64, device=device).bfloat16()
+
+    def attention(x: Tensor) -> Tensor:
+        out: Tensor = SPEC.run(query=x, key=x, value=x)[0]
+        return out
+
+    torch.func.jvp(attention, (x,), (x.cos(),))
+    assert one_kernel.call_count == 1
+    FOLLOWED[what](attention, x, x.cos())
+    assert one_kernel.call_count == 1
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's backward needs a GPU")

@@ -1,4 +1,4 @@
-"""Which calls of cosine-sim attention go to the CUDA library's forward."""
+"""Which calls of cosine-sim attention go to the CUDA library."""
 
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +102,42 @@ def test_triton_serves(name: str) -> None:
 def test_nothing_is_served_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_is_there", lambda device: False)
     assert not served()
+
+
+def tangents_served(tangents: dict[str, Any] | None = None, **changes: Any) -> bool:
+    inputs = call_of(**changes)
+    its_rows = inputs[:3]
+    given = {"query": its_rows[0], "key": its_rows[1], "value": its_rows[2]} | (tangents or {})
+    return cuda.serves_tangents(inputs._asdict(), its_rows, list(given.values()))
+
+
+TANGENTS_SERVED = (
+    "plain",
+    "causal",
+    "window",
+    "shifted diagonal",
+    "width 64",
+    "rows of all heads side by side",
+    "one head with any stride",
+)
+
+
+@pytest.mark.parametrize("name", SERVED | LEFT_TO_TRITON)
+def test_hopper_makes_results_and_tangents_at_once(name: str) -> None:
+    assert tangents_served(**(SERVED | LEFT_TO_TRITON)[name]) == (name in TANGENTS_SERVED)
+
+
+@pytest.mark.parametrize(
+    "tangent",
+    (
+        None,
+        rows(1, 2, 70, 128).expand(2, 2, 70, 128),
+        torch._efficientzerotensor((2, 2, 70, 128), dtype=torch.bfloat16),
+    ),
+    ids=("absent", "expanded", "zero without memory"),
+)
+def test_tangents_of_other_kinds_are_left_to_triton(tangent: Tensor | None) -> None:
+    assert not tangents_served({"key": tangent})
 
 
 @pytest.mark.parametrize("name", PLAIN)
