@@ -7,9 +7,8 @@
 
 namespace attn::cuda::cosine {
 
-// Keys are unit vectors, and queries become such times scale * log2(e); tangents of queries are times
-// scale, and those of keys times 1 / log2(e): tangents of scores are in nats, where scores are in
-// bits.
+// Unit queries are times scale * log2(e), so that scores are in bits; tangents of queries are times
+// scale and those of keys times 1 / log2(e), so that tangents of scores are in nats.
 struct Tangents : Forward {
   TensorMap tangent_query, tangent_key, tangent_value;
   float scale;
