@@ -2,12 +2,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <array>
-#include <string>
 #include <tuple>
 
 #include "common/checks.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/text.h"
 #include "linear/problem.h"
 
 namespace attn::linear {
@@ -26,10 +26,12 @@ struct Arguments {
   const OptionalTensor& offsets;
   bool causal;
   std::optional<double> eps;
-  const std::string& feature_map;
+  FeatureMap feature_map;
 };
 
-FeatureMap read_feature_map(const std::string& name) {
+FeatureMap read_feature_map(StringHandle handle) {
+  const Text text(handle);
+  const std::string_view name = text.view();
   if (name == "identity") return FeatureMap::identity;
   if (name == "elu_plus_one") return FeatureMap::elu_plus_one;
   if (name == "relu") return FeatureMap::relu;
@@ -77,7 +79,7 @@ Problem make_problem(const Arguments& a) {
   p.causal = a.causal;
   p.normalized = a.eps.has_value();
   p.eps = a.eps.value_or(0);
-  p.feature_map = read_feature_map(a.feature_map);
+  p.feature_map = a.feature_map;
   p.F = p.feature_map == FeatureMap::taylor ? 1 + p.D + p.D * (p.D + 1) / 2 : p.D;
   check_options(a, p);
   p.query = view(a.query);
@@ -143,9 +145,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
     const OptionalTensor& decay, const OptionalTensor& state, const OptionalTensor& key_sum,
     const OptionalTensor& offsets, bool causal, std::optional<double> eps,
-    std::string feature_map) {
-  Problem p = make_problem(
-      {query, key, value, mask, decay, state, key_sum, offsets, causal, eps, feature_map});
+    StringHandle feature_map) {
+  Problem p = make_problem({query, key, value, mask, decay, state, key_sum, offsets, causal, eps,
+                            read_feature_map(feature_map)});
   const ScalarType sums = compute_dtype(query.scalar_type());
   Tensor out, denominator;
   new_outputs(query, p, out, denominator);
@@ -163,10 +165,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
 
 // The forward without its optional tensors, and without the states: there are none.
 std::tuple<Tensor, Tensor> plain(const Tensor& query, const Tensor& key, const Tensor& value,
-                                 bool causal, std::optional<double> eps, std::string feature_map) {
+                                 bool causal, std::optional<double> eps, StringHandle feature_map) {
   const OptionalTensor none;
-  Problem p =
-      make_problem({query, key, value, none, none, none, none, none, causal, eps, feature_map});
+  Problem p = make_problem({query, key, value, none, none, none, none, none, causal, eps,
+                            read_feature_map(feature_map)});
   Tensor out, denominator;
   new_outputs(query, p, out, denominator);
   run_forward(p);
@@ -191,9 +193,9 @@ Five backward(const Tensor& grad_out, const OptionalTensor& grad_final_state,
               const OptionalTensor& state, const OptionalTensor& key_sum,
               const OptionalTensor& offsets, const OptionalTensor& out,
               const OptionalTensor& denominator, bool causal, std::optional<double> eps,
-              std::string feature_map, std::vector<bool> output_mask) {
-  Problem p = make_problem(
-      {query, key, value, mask, decay, state, key_sum, offsets, causal, eps, feature_map});
+              StringHandle feature_map, std::vector<bool> output_mask) {
+  Problem p = make_problem({query, key, value, mask, decay, state, key_sum, offsets, causal, eps,
+                            read_feature_map(feature_map)});
   const ScalarType dtype = query.scalar_type();
   STD_TORCH_CHECK(output_mask.size() == 5, "linear: output_mask must have 5 elements, got ",
                   output_mask.size());
@@ -238,10 +240,10 @@ void mark_written(const Tensor& tensor) {
 
 Tensor step(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& state,
             const Tensor& key_sum, const OptionalTensor& decay, std::optional<double> eps,
-            std::string feature_map) {
+            StringHandle feature_map) {
   const OptionalTensor some_state(state), some_key_sum(key_sum), none;
-  Problem p = make_problem(
-      {query, key, value, none, decay, some_state, some_key_sum, none, true, eps, feature_map});
+  Problem p = make_problem({query, key, value, none, decay, some_state, some_key_sum, none, true,
+                            eps, read_feature_map(feature_map)});
   check_shape(kOp, "query", query, {p.B, p.H, 1, p.D});
   Tensor out = allocate(query, {p.B, p.H, 1, p.E});
   p.out = view(out);

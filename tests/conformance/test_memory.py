@@ -1,5 +1,6 @@
 """No output is left unwritten, results repeat bit by bit, and memory grows with M and N alone."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -60,6 +61,40 @@ def test_nothing_unwritten_is_read_in_native_code(spec: OpSpec, device: torch.de
     if device.type != "cpu":
         pytest.skip("the CPU's allocator")
     run(AGREE, spec.name, **PERTURBED)
+
+
+KEEP_NOTHING = """
+import ctypes, sys, torch
+from tests.conformance.evaluate import cotangents, with_gradients
+from tests.conformance.spec import all_specs
+
+class Allocated(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (*"0123456", "bytes", *"89")]
+
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Allocated
+torch.set_num_threads(1)
+spec = next(s for s in all_specs() if s.name == sys.argv[1])
+arguments = spec.build(spec.cases["plain"], torch.float32, torch.device("cpu"))
+grads = cotangents(*spec.formula(**arguments))
+
+def allocated_by_calls(calls):
+    before = libc.mallinfo2().bytes
+    for _ in range(calls):
+        with_gradients(spec, spec.run, arguments, *grads)
+    return libc.mallinfo2().bytes - before
+
+allocated_by_calls(50)
+assert allocated_by_calls(500) < 500 * 16
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc counts from 2.33 on")
+def test_calls_leave_no_memory_behind(spec: OpSpec, device: torch.device) -> None:
+    """Strings that ops are called with were kept forever: PyTorch's stable ABI does not free."""
+    if device.type != "cpu":
+        pytest.skip("the CPU's allocator")
+    run(KEEP_NOTHING, spec.name)
 
 
 @only("longer than a block", "everything", "grouped heads")

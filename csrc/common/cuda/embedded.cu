@@ -14,29 +14,12 @@
 #include <vector>
 
 #include "common/cuda/launch.cuh"
+#include "common/text.h"
 
 namespace attn::cuda {
 namespace {
 
 using torch::stable::Tensor;
-
-// A string that an op was called with. PyTorch's own conversion never frees it, and code is long.
-class Text {
- public:
-  explicit Text(StableIValue value) : handle_(torch::stable::detail::to<StringHandle>(value)) {
-    TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length_));
-    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &data_));
-  }
-  Text(const Text&) = delete;
-  Text& operator=(const Text&) = delete;
-  ~Text() { torch_delete_string(handle_); }
-  std::string_view view() const { return {data_, length_}; }
-
- private:
-  StringHandle handle_ = nullptr;
-  size_t length_ = 0;
-  const char* data_ = nullptr;
-};
 
 // The bytes of base64 without padding.
 std::vector<uint8_t> decode(std::string_view text) {
@@ -145,7 +128,8 @@ Arguments collect(std::string_view kinds, const std::vector<Tensor>& read,
 // The op, its arguments on the stack.
 void run(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
-  const Text kernel(stack[0]), code(stack[1]), kinds(stack[2]);
+  const Text kernel(to<StringHandle>(stack[0])), code(to<StringHandle>(stack[1]));
+  const Text kinds(to<StringHandle>(stack[2]));
   const auto read = to<std::vector<Tensor>>(stack[3]);
   const auto written = to<std::vector<Tensor>>(stack[4]);
   const auto integers = to<std::vector<int64_t>>(stack[5]);
