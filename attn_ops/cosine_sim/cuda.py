@@ -1,9 +1,9 @@
 """The CUDA library's kernels for Hopper: which calls they serve. Triton serves the others.
 
 csrc/cosine_sim/cuda has its kernels: one norm over rows of 8 to 256 elements of 16 bits, weights
-without a running maximum, and for each query one interval of the keys that a mask leaves. Its
-backward adds up gradients of queries without an order, and gives way to Triton's in deterministic
-mode.
+without a running maximum, for each query one interval of the keys that a mask leaves, and
+relative_bias for bfloat16. Its backward adds up gradients of queries and of relative_bias without
+an order, and gives way to Triton's in deterministic mode.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ WIDTHS = range(8, 257, 8)
 FEWEST_QUERIES = 64
 TANGENT_WIDTHS = (64, 128)
 MOST_ROWS = 1 << 29  # rows are counted in 32 bits
+# Beside relative_bias registers and shared memory hold no more.
+WIDEST_WITH_BIAS = 128
 
 
 def missing(device: torch.device) -> str | None:
@@ -62,11 +64,24 @@ def serves(inputs: Inputs, shift: float | None) -> bool:
     return (
         shift is not None  # then there are norms, and exponents are small
         and inputs.groups == 1
-        and all(x is None for x in inputs[4:10])
+        and (inputs.relative_bias is None or _takes_relative_bias(inputs))
+        and inputs.bias is None
+        and all(x is None for x in inputs[6:10])
         and inputs.start is None
         and (inputs.mask is None or tuple(inputs.mask.shape[1:3]) == (1, 1))
         and (_may_take if _ahead.tracing() else _takes)(*inputs[:3])
     )
+
+
+def _takes_relative_bias(inputs: Inputs) -> bool:
+    """It goes with a band, and not with the order of keys that a mask makes.
+
+    What a query's keys have at most is subtracted from it. The weight of the key that has it may
+    still be exp(-|scale|), and others are less by far beside it: too little for float16.
+    """
+    query = inputs.query
+    narrow = query.shape[3] <= WIDEST_WITH_BIAS
+    return inputs.mask is None and query.dtype == torch.bfloat16 and narrow
 
 
 def _takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -148,47 +163,59 @@ def plain(
     served = groups == 1 and _takes(query, key, value)
     if not served or shift_of(scale, groups, query.dtype) is None:
         return None
-    return _kernel()(query, key, value, None, left, right, scale)
+    return _kernel()(query, key, value, None, None, left, right, scale)
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """`attn::_cosine_sim_fwd` of a call that is served: out and lse."""
-    out, lse = torch.ops.attn._cosine_sim_fwd_cuda(*inputs[:3], *_seen(inputs), inputs.scale)
+    out, lse = torch.ops.attn._cosine_sim_fwd_cuda(
+        *inputs[:3], _mask(inputs), inputs.relative_bias, inputs.left, inputs.right, inputs.scale
+    )
     return out, lse
 
 
-def _seen(inputs: Inputs) -> tuple[Tensor | None, int, int]:
-    """Which keys queries see: mask [1 or B, N], left and right."""
+def _mask(inputs: Inputs) -> Tensor | None:
+    """[1 or B, N]."""
     mask = inputs.mask
-    if mask is not None:
-        mask = mask[:, 0, 0].expand(-1, inputs.key.shape[2]).contiguous()
-    return mask, inputs.left, inputs.right
+    return None if mask is None else mask[:, 0, 0].expand(-1, inputs.key.shape[2]).contiguous()
 
 
 def serves_backward(inputs: Inputs, shift: float | None, wanted: set[str]) -> bool:
     """Whether `backward` takes this call: `wanted` has the names of the gradients asked for."""
     return (
-        wanted == {"query", "key", "value"}
+        wanted - {"relative_bias"} == {"query", "key", "value"}
         and not torch.are_deterministic_algorithms_enabled()
         and serves(inputs, shift)
     )
 
 
 def backward(
-    inputs: Inputs, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value of a call that is served."""
-    grads = torch.ops.attn._cosine_sim_bwd_cuda(
+    inputs: Inputs,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wanted: set[str],
+) -> dict[str, Tensor]:
+    """Gradients of a call that is served: of relative_bias only where it is wanted."""
+    grads = {}
+    if inputs.relative_bias is not None and "relative_bias" in wanted:  # sums are added to zeros
+        zeros = torch.zeros_like(inputs.relative_bias, memory_format=torch.contiguous_format)
+        grads["relative_bias"] = zeros
+    grads["query"], grads["key"], grads["value"] = torch.ops.attn._cosine_sim_bwd_cuda(
         grad_out if _has_whole_rows(grad_out) else grad_out.contiguous(),
         None if grad_lse is None else grad_lse.float().contiguous(),
         *inputs[:3],
         out if _has_whole_rows(out) else out.contiguous(),
         lse.contiguous(),
-        *_seen(inputs),
+        _mask(inputs),
+        inputs.relative_bias,
+        grads.get("relative_bias"),
+        inputs.left,
+        inputs.right,
         inputs.scale,
     )
-    grad_query, grad_key, grad_value = grads
-    return grad_query, grad_key, grad_value
+    return grads
 
 
 def serves_tangents(

@@ -60,6 +60,8 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     shift = fixed_shift(inputs)
     if cuda.serves(inputs, shift):
         return cuda.forward(inputs)
+    if inputs.relative_bias is not None:
+        shift = None  # Triton's kernels find the running maximum
     if shift is not None and triton_decode.serves(inputs):
         return triton_decode.forward(inputs, shift)
     batch, heads, num_queries, _ = inputs.query.shape
@@ -90,8 +92,8 @@ def backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Ten
     out, lse, output_mask = args[12], args[13], args[18]
     wanted = {name for name, wants in zip(GRADS, output_mask) if wants}
     if cuda.serves_backward(inputs, fixed_shift(inputs), wanted):
-        grads_of_rows = cuda.backward(inputs, grad_out, grad_lse, out, lse)
-        return (*grads_of_rows, *(inputs.query.new_empty(0) for _ in GRADS[3:]))
+        found = cuda.backward(inputs, grad_out, grad_lse, out, lse, wanted)
+        return tuple(found[x] if x in found else inputs.query.new_empty(0) for x in GRADS)
     with torch.cuda.device_of(inputs.query):
         core, gradient = prepare(inputs, squares=True), row_major(grad_out)
         if splits(inputs, GRAD_KEY_VALUE):

@@ -245,10 +245,11 @@ def _in_squares(inputs: Inputs) -> bool:
 
 
 def fixed_shift(inputs: Inputs) -> float | None:
-    """What to subtract from scores, in bits, where a bound of them is known and close enough."""
-    unbounded = (
-        inputs.bias, inputs.relative_bias, inputs.head_scale, inputs.query_gain, inputs.key_gain
-    )  # fmt: skip
+    """What to subtract from scores, in bits, where a bound of them is known and close enough.
+
+    That is, of scores without relative_bias, which has none.
+    """
+    unbounded = (inputs.bias, inputs.head_scale, inputs.query_gain, inputs.key_gain)
     if any(x is not None for x in unbounded):
         return None
     return shift_of(inputs.scale, inputs.groups, inputs.query.dtype)

@@ -59,6 +59,13 @@ SMALL = {
     "other widths": ONE.but(
         heads=2, kv_heads=1, queries=130, keys=150, causal=True, strides="transposed"
     ),
+    "relative bias": ONE.but(heads=2, kv_heads=1, queries=150, keys=280, relative_bias="H"),
+    "one relative bias, and more queries than keys": ONE.but(
+        batch=2, heads=2, queries=321, keys=100, relative_bias="1", causal=True
+    ),
+    "relative bias, and a window": ONE.but(
+        queries=210, keys=423, relative_bias="H", causal=True, window=100, strides="transposed"
+    ),
     "unit keys": ONE.but(heads=8, queries=129, keys=140),
     "unit keys, causal": ONE.but(heads=8, queries=257, keys=150, causal=True, strides="transposed"),
 }
@@ -76,6 +83,15 @@ LARGE = {
     "more queries than keys": ONE.but(heads=8, kv_heads=2, queries=3000, keys=1000, causal=True),
     "one past a tile": ONE.but(batch=3, heads=5, kv_heads=5, queries=129, keys=257, causal=True),
     "window of 512": ONE.but(heads=4, queries=4096, keys=4096, causal=True, window=512),
+    "relative bias of long rows": ONE.but(
+        batch=2, heads=4, kv_heads=2, queries=2048, keys=2048, relative_bias="H"
+    ),
+    "relative bias of grouped heads, causal": ONE.but(
+        batch=2, heads=8, kv_heads=2, queries=1000, keys=1500, relative_bias="H", causal=True
+    ),
+    "heads in parts, relative bias": ONE.but(
+        batch=2, heads=18, kv_heads=6, queries=20000, keys=300, relative_bias="H", causal=True
+    ),
     "hidden keys of grouped heads, causal": ONE.but(
         batch=2, heads=8, kv_heads=2, queries=1000, keys=1500, mask="BN", causal=True
     ),
@@ -95,7 +111,12 @@ OTHER_WIDTHS = (24, 48, 72, 96, 104, 136, 256, *((32, 80, 192) if DEVICE != "cpu
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def runs() -> Iterator[tuple[str, int, torch.dtype]]:
+def is_taken(case: Case, width: int, dtype: torch.dtype) -> bool:
+    """relative_bias is taken in narrow rows of bfloat16 alone."""
+    return case.relative_bias is None or (dtype == torch.bfloat16 and width <= 128)
+
+
+def every_run() -> Iterator[tuple[str, int, torch.dtype]]:
     """An emulation takes its time. The two types differ in conversions alone, and what the device
     finds of a mask does not know the width.
     """
@@ -112,7 +133,7 @@ def runs() -> Iterator[tuple[str, int, torch.dtype]]:
         yield "hidden keys", 136, torch.bfloat16
 
 
-RUNS = list(runs())
+RUNS = [run for run in every_run() if is_taken(CASES[run[0]], *run[1:])]
 each_run = pytest.mark.parametrize(
     ("name", "width", "dtype"), RUNS, ids=[f"{name}-{width}-{dtype}" for name, width, dtype in RUNS]
 )
@@ -135,15 +156,17 @@ class Kernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         out, lse = cuda.forward(Inputs(*inputs))
-        ctx.save_for_backward(*inputs[:3], out, lse)
-        ctx.options = inputs[3:]
+        ctx.save_for_backward(*inputs[:6], out, lse)
+        ctx.options = inputs[6:]
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:  # type: ignore[override]
-        *rows, out, lse = ctx.saved_tensors
-        inputs = Inputs(*rows, *ctx.options)
-        return *cuda.backward(inputs, grad_out, grad_lse, out, lse), *[None] * len(ctx.options)
+        *tensors, out, lse = ctx.saved_tensors
+        inputs = Inputs(*tensors, *ctx.options)
+        wanted = {"query", "key", "value", "relative_bias"}
+        grads = cuda.backward(inputs, grad_out, grad_lse, out, lse, wanted)
+        return tuple(grads.get(name) for name in Inputs._fields)
 
 
 def kernels(
@@ -151,7 +174,8 @@ def kernels(
 ) -> tuple[Tensor, ...]:
     args = fold("cosine_sim", query, key, value, **shared)
     rows, band = (args.query, args.key, args.value), (args.left, args.right)
-    results: tuple[Tensor, ...] = Kernels.apply(*rows, args.mask, *[None] * 8, *band, scale, 1)
+    terms = (args.mask, None, args.relative_bias, *[None] * 6)
+    results: tuple[Tensor, ...] = Kernels.apply(*rows, *terms, *band, scale, 1)
     return results
 
 
@@ -266,6 +290,35 @@ def test_the_same_bits_again(name: str, width: int, device: torch.device) -> Non
     first = kernels(**arguments)
     for _ in range(20):
         assert all(torch.equal(x, y) for x, y in zip(kernels(**arguments), first))
+
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("entries", ((LARGEST,), (-LARGEST,), (0.0, LARGEST, -LARGEST, -torch.inf)))
+def test_relative_bias_of_any_size_gives_numbers(
+    entries: tuple[float, ...], device: torch.device
+) -> None:
+    case = CASES["relative bias"].but(heads=1, queries=70, keys=150, width=64, value_width=64)
+    arguments = SPEC.build(case, torch.bfloat16, device)
+    bias = torch.tensor(entries, device=device).repeat(219)[None, :219]
+    arguments["relative_bias"] = bias
+    grads = cotangents(*SPEC.formula(**arguments))
+    results = with_gradients(SPEC, kernels, arguments, *grads)
+    assert all(x.isfinite().all() for name, x in results.items() if name != "lse")
+    assert not results["lse"].isnan().any()
+
+
+def test_row_whose_relative_biases_are_far_below_the_others(device: torch.device) -> None:
+    """The least of one row is beyond what weights of another could hold."""
+    case = CASES["relative bias"].but(heads=1, queries=70, keys=150)
+    arguments = SPEC.build(case, torch.bfloat16, device)
+    slope = 40.0 * torch.arange(219, device=device)[None]
+    arguments["relative_bias"] = slope
+    out, lse = kernels(**arguments)
+    value, row = arguments["value"], torch.arange(70, device=device)
+    torch.testing.assert_close(out, value[:, :, -1:].expand_as(out), rtol=0.01, atol=0.01)
+    assert (lse[0, 0] - slope[0, 218 - row]).abs().max() < 9
 
 
 def test_query_that_sees_no_key_returns_zero(device: torch.device) -> None:

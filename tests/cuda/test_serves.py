@@ -51,6 +51,8 @@ SERVED: dict[str, dict[str, Any]] = {
     "key mask": {"mask": torch.ones(2, 1, 1, 70, dtype=torch.bool)},
     "key mask for all batches": {"mask": torch.ones(1, 1, 1, 70, dtype=torch.bool)},
     "float16": each(Tensor.half),
+    "relative_bias": {"relative_bias": torch.zeros(4, 133)},
+    "relative_bias and a window": {"relative_bias": torch.zeros(4, 133), "left": 10, "right": 0},
     "width 64": each(lambda x: x[..., :64]),
     "rows of all heads side by side": each(
         lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -71,6 +73,15 @@ LEFT_TO_TRITON: dict[str, dict[str, Any]] = {
     "mask of pairs": {"mask": torch.ones(1, 1, 64, 70, dtype=torch.bool)},
     "key mask for each head": {"mask": torch.ones(1, 4, 1, 70, dtype=torch.bool)},
     "bias": {"bias": torch.zeros(1, 1, 1, 70)},
+    "relative_bias and a key mask": {
+        "relative_bias": torch.zeros(4, 133),
+        "mask": torch.ones(2, 1, 1, 70, dtype=torch.bool),
+    },
+    "relative_bias and float16": {"relative_bias": torch.zeros(4, 133), **each(Tensor.half)},
+    "relative_bias and wide rows": {
+        "relative_bias": torch.zeros(4, 133),
+        **each(lambda x: torch.cat([x, x], -1)),
+    },
     "gain": {"key_gain": torch.ones(2, 128)},
     "head_scale": {"head_scale": torch.ones(4)},
     "groups": {"groups": 2},
@@ -148,7 +159,7 @@ def test_shortest_way_leads_to_the_same_kernel(name: str, monkeypatch: pytest.Mo
     served = cuda.plain(*inputs[:3], *inputs[12:])
     assert served == ("kernel" if name in SERVED else None)
     if name in SERVED:
-        query, key, value, mask, left, right, scale = kernel.call_args.args
+        query, key, value, mask, relative_bias, left, right, scale = kernel.call_args.args
         assert query is inputs.query and key is inputs.key and value is inputs.value
-        assert mask is None
+        assert mask is None and relative_bias is None
         assert (left, right, scale) == (inputs.left, inputs.right, inputs.scale)

@@ -16,11 +16,14 @@ struct BackwardCall {
   Reach reach;  // of keys in their order
   Order order;  // of keys and values
   double scale;
+  RelativeBias bias;
 };
 
 // For each element type in a file of its own.
 template <class T>
 void backward(const BackwardCall& call);
+// With relative_bias, of bfloats in rows of up to 128.
+void backward_with_bias(const BackwardCall& call);
 
 // Sizes, and the order of blocks: see Blocks.
 template <class P>
@@ -37,6 +40,7 @@ Backward plan_backward(const BackwardCall& call) {
   p.key_blocks = (p.N + P::kKeys - 1) / P::kKeys;
   p.places_in_head = p.pairs ? (p.key_blocks + 1) / 2 : p.key_blocks;
   p.places = p.B * p.Hk * p.places_in_head * P::kHalves;
+  p.bias = call.bias;
   return p;
 }
 

@@ -51,11 +51,16 @@ ATTN_DEVICE void fetch_backward(const Backward& p, BackwardShared<P> shared) {
       uint64_t* arrived = shared.query_arrived(queries.index);
       if (one_lane()) {
         const int64_t tile = int64_t{at.head} * p.query_tiles + at.tile;
-        barrier_arrive_expect(arrived, P::kQueryBytes + P::kRowBytes);
+        barrier_arrive_expect(arrived, P::kQueryBytes + P::kRowBytes + P::kBiasBytes);
         load_tile<P::kPanels, P::kQueries>(shared.query(queries.index), &p.query, arrived, row,
                                            head, batch, block.half * P::kColumns);
         load_bytes(shared.rows(queries.index), p.rows + tile * (2 * P::kQueries), P::kRowBytes,
                    arrived);
+        if constexpr (P::kBias) {
+          const int diagonal = block.first_key - row - (P::kQueries - 1);
+          load_bytes(shared.bias(queries.index), p.bias.from(head, diagonal), P::kBiasBytes,
+                     arrived);
+        }
       }
       queries.advance();
       if constexpr (P::kHalves == 2) {

@@ -8,6 +8,7 @@
 // order in which they start: dV, dQ and dK of these queries, then S and dP of the next.
 #pragma once
 
+#include "cosine_sim/cuda/backward_diagonals.cuh"
 #include "cosine_sim/cuda/backward_fetch.cuh"
 #include "cosine_sim/cuda/backward_store.cuh"
 
@@ -38,8 +39,8 @@ struct MultiplyBackward {
   ATTN_DEVICE MultiplyBackward(const Backward& problem, BackwardShared<P> memory, int index)
       : p(problem), shared(memory) {
     warpgroup = shuffle(index / 128, 0);  // the same register for all lanes
-    thread = index % 128;
-    lane = index % 32;
+    thread = index & 127;
+    lane = index & 31;
     row = warpgroup * 64 + thread / 32 * 16 + lane / 4;
   }
 
@@ -149,7 +150,7 @@ struct MultiplyBackward {
     keep_all(slope);
     products_fence();
     start_grad_value(accumulate);
-    named_sync(1, 256);
+    named_sync(1, 256 + 32 * P::kSumWarps);
     start_grad_query();
   }
 
@@ -215,7 +216,8 @@ struct MultiplyBackward {
   // This warpgroup's 64 queries or panel of columns of dS K.
   ATTN_DEVICE void start_grad_query() {
     const int rows = P::kQueries == 64 ? 0 : warpgroup, columns = P::kQueries == 64 ? warpgroup : 0;
-    const uint64_t a = matrix(shared.score(buffer) + rows * P::kKeys * 128, P::kKeys * 128);
+    const uint64_t a =
+        matrix(shared.score(buffer) + rows * P::kScoreRows * 128, P::kScoreRows * 128);
     const uint64_t b = matrix(shared.key() + columns * P::kKeys * 128, P::kKeys * 128);
     ATTN_UNROLL
     for (int i = 0; i < P::kKeys / 16; ++i) {
@@ -229,15 +231,23 @@ struct MultiplyBackward {
   ATTN_DEVICE void find_weights(const uint32_t (&seen)[2]) {
     const int column = lane % 4 * 2;
     const float* lse = shared.rows(queries.index) + column;
+    // Keys k and k + 8 have the same relative biases, eight queries apart.
+    const float* bias = shared.bias(queries.index) + (P::kQueries - 1 + row) - column;
+    float2 below = make_float2(0.0f, 0.0f), above = below;
+    if constexpr (P::kBias) below = make_float2(bias[8], bias[7]);
     ATTN_UNROLL
     for (int j = 0; j < P::kQueries / 8; ++j) {
       const float2 bits = load2(lse + 8 * j);
+      if constexpr (P::kBias) above = make_float2(bias[-8 * j], bias[-8 * j - 1]);
+      const float terms[4] = {above.x - bits.x, above.y - bits.y, below.x - bits.x,
+                              below.y - bits.y};
       ATTN_UNROLL
       for (int e = 0; e < 4; ++e) {
-        float x = score[4 * j + e] - (e % 2 ? bits.y : bits.x);
+        float x = score[4 * j + e] + terms[e];
         if constexpr (kMasked) x = seen[e / 2] >> (2 * j + e % 2) & 1 ? x : -INFINITY;
         score[4 * j + e] = fast_exp2(x);
       }
+      below = above;
     }
   }
 
@@ -283,7 +293,7 @@ struct MultiplyBackward {
     const int at = opaque(row - lane / 4 + lane % 16);
     ATTN_UNROLL
     for (int i = 0; i < kSteps; ++i) {
-      store_matrices(piece<P::kKeys>(to, at, 2 * i + lane / 16), slope[i]);
+      store_matrices(piece<P::kScoreRows>(to, at, 2 * i + lane / 16), slope[i]);
     }
     fence_async();
   }
@@ -357,7 +367,14 @@ __global__ void __launch_bounds__(P::kThreads, 1)
   let_next_kernel_start();
   if (threadIdx.x < 128) {
     fewer_registers<P::kFetchRegisters>();
-    if (shuffle(static_cast<int>(threadIdx.x / 32), 0) == 0) fetch_backward<P>(p, shared);
+    const int warp = shuffle(static_cast<int>(threadIdx.x / 32), 0);
+    if (warp == 0) fetch_backward<P>(p, shared);
+    if constexpr (P::kSumWarps > 0) {
+      if (warp > 0) {
+        const int lane = static_cast<int>(threadIdx.x & 31);
+        SumDiagonals<P>{p, shared, warp - 1, lane}.run();
+      }
+    }
   } else {
     more_registers<P::kMultiplyRegisters>();
     MultiplyBackward<P> multiply(p, shared, threadIdx.x - 128);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cosine_sim/cuda/band.cuh"
+#include "cosine_sim/cuda/relative_bias.cuh"
 #include "cosine_sim/cuda/unit_keys.cuh"
 
 namespace attn::cuda::cosine {
@@ -23,11 +24,13 @@ struct Backward {
   int query_tiles, key_blocks;  // of a head
   int pairs;                    // the order of blocks, see Blocks: a long and a short one in turn
   int places, places_in_head;   // pairs or blocks
+  RelativeBias bias;
 };
 
-template <class T_, int kWidth_>
+template <class T_, int kWidth_, bool kBias_ = false>
 struct BackwardPlan {
   using T = T_;
+  static constexpr bool kBias = kBias_;  // scores begin as relative_bias
   static constexpr int kWidth = kWidth_;
   // Registers hold gradients of 128 columns: of wider rows a block has those of one half, its own
   // columns, and reads the others for S and dP alone.
@@ -50,18 +53,27 @@ struct BackwardPlan {
   static constexpr int kPart = kQueries == 64 ? 64 : kColumns;
   static_assert(kPanels == (kQueries == 64 ? 2 : 1) && kColumns % 16 == 0);
 
+  static constexpr int kSumWarps = kBias ? 3 : 0;  // that add up gradients of relative_bias
   static constexpr int kKeyBytes = kKeys * kPanels * 128;
   static constexpr int kQueryBytes = kQueries * kPanels * 128;
-  static constexpr int kScoreBytes = kQueries * kKeys * 2;
+  // Rows of keys of a panel of dS, and rows of zeros around panels.
+  static constexpr int kMarginRows = kBias ? 32 : 0, kScoreRows = kKeys + kMarginRows;
+  static constexpr int kScoreBytes = kQueries * kScoreRows * 2;
   static constexpr int kRowBytes = 2 * kQueries * 4;
 
   static constexpr int kValueOffset = kHalves * kKeyBytes;
   static constexpr int kQueryOffset = 2 * kHalves * kKeyBytes;
   static constexpr int kGradOffset = kQueryOffset + kQueryStages * kQueryBytes;
   static constexpr int kOtherOffset = kGradOffset + kGradStages * kQueryBytes;
-  static constexpr int kScoreOffset = kOtherOffset + (kHalves - 1) * 2 * kQueryBytes;
+  static constexpr int kScoreOffset =
+      kOtherOffset + (kHalves - 1) * 2 * kQueryBytes + kMarginRows * 128;
   static constexpr int kRowOffset = kScoreOffset + kScoreBuffers * kScoreBytes;
-  static constexpr int kBarrierOffset = kRowOffset + kQueryStages * kRowBytes;
+  static constexpr int kBiasBytes = kBias ? (kKeys + kQueries) * 4 : 0;  // diagonals of a tile
+  static constexpr int kBiasOffset = kRowOffset + kQueryStages * kRowBytes;
+  // A warp's memory where it adds up diagonals: see SumDiagonals.
+  static constexpr int kDiagonalRow = 40, kDiagonalFloats = 8 * kDiagonalRow;
+  static constexpr int kDiagonalOffset = kBiasOffset + kQueryStages * kBiasBytes;
+  static constexpr int kBarrierOffset = kDiagonalOffset + kSumWarps * kDiagonalFloats * 4;
   static constexpr int kBarriers = 8 + 2 * kQueryStages + 2 * kGradStages;
   static constexpr int kSharedBytes = kBarrierOffset + kBarriers * 8;
   static_assert(kSharedBytes <= 227 * 1024);
@@ -84,12 +96,18 @@ struct BackwardShared {
   ATTN_DEVICE unsigned char* other_grad_out() const {
     return base + P::kOtherOffset + P::kQueryBytes;
   }
-  // [kQueries / 64][keys][64 queries]
+  // [kQueries / 64][kScoreRows][64 queries]
   ATTN_DEVICE unsigned char* score(int buffer) const {
     return base + P::kScoreOffset + buffer * P::kScoreBytes;
   }
   ATTN_DEVICE float* rows(int stage) const {
     return reinterpret_cast<float*>(base + P::kRowOffset + stage * P::kRowBytes);
+  }
+  ATTN_DEVICE float* bias(int stage) const {
+    return reinterpret_cast<float*>(base + P::kBiasOffset + stage * P::kBiasBytes);
+  }
+  ATTN_DEVICE float* diagonals(int warp) const {
+    return reinterpret_cast<float*>(base + P::kDiagonalOffset) + warp * P::kDiagonalFloats;
   }
   ATTN_DEVICE uint64_t* barrier(int i) const {
     return reinterpret_cast<uint64_t*>(base + P::kBarrierOffset) + i;

@@ -2,6 +2,7 @@
 // before it, gradients of queries through the norm after it.
 #pragma once
 
+#include "cosine_sim/cuda/relative_bias.cuh"
 #include "cosine_sim/cuda/unit_keys.cuh"
 
 namespace attn::cuda::cosine {
@@ -47,7 +48,7 @@ ATTN_DEVICE void query_rows(const QueryRows& p, int number) {
       const float lse = m < p.M ? p.lse[row] : -INFINITY;
       const int tile = m / kQueries, at = m - tile * kQueries;
       float* to = p.rows + (int64_t{head} * (p.padded / kQueries) + tile) * (2 * kQueries) + at;
-      to[0] = lse == -INFINITY ? INFINITY : lse * static_cast<float>(kBitsPerNat);
+      to[0] = lse == -INFINITY ? INFINITY : in_bits(lse);
       to[kQueries] = m < p.M && p.grad_lse ? delta - p.grad_lse[row] : delta;
     }
     if (part * 8 >= p.columns) continue;

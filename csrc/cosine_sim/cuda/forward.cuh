@@ -18,11 +18,14 @@ struct ForwardCall {
   Reach reach;
   Order order;  // of keys and values
   double scale;
+  RelativeBias bias;
 };
 
 // For each element type in a file of its own.
 template <class T>
 void forward(const ForwardCall& call);
+// With relative_bias, of bfloats in rows of up to 128.
+void forward_with_bias(const ForwardCall& call);
 
 // Sizes, and the order of tiles: see Tiles.
 template <class P>
@@ -35,6 +38,7 @@ Forward plan_forward(const ForwardCall& call, int multiprocessors) {
   p.factor = static_cast<float>(call.scale * kBitsPerNat);
   p.out = call.out.data_ptr();
   p.lse = static_cast<float*>(call.lse.data_ptr());
+  p.bias = call.bias;
   p.query_tiles = (p.M + P::kQueries - 1) / P::kQueries;
   const int heads = p.B * p.H, pairs_in_head = (p.query_tiles + 1) / 2;
   const bool uneven = 4 * length(p.band, p.M / 4) < 3 * length(p.band, 3 * (p.M / 4));

@@ -17,6 +17,7 @@ struct Fetch {
   ATTN_DEVICE void load() const {
     Ring<P::kStages> keys, values;
     Ring<P::kQueryStages> queries;
+    Ring<P::kBiasSlots> biases;
     Tile tile;
     int row = 0, head = -1, batch = 0;  // of the values that are due
     for (Tiles<P> tiles{p}; tiles.next(tile);) {
@@ -25,14 +26,19 @@ struct Fetch {
       barrier_wait(shared.query_free(queries.index), queries.parity ^ 1);
       uint64_t* arrived = shared.query_arrived(queries.index);
       if (one_lane()) {
-        barrier_arrive_expect(arrived, P::kQueryBytes);
+        barrier_arrive_expect(arrived, P::kQueryBytes + P::kShiftBytes);
         load_tile<P::kPanels, P::kQueries>(shared.query(queries.index), &p.query, arrived,
                                            tile.first_query, query_head, tile_batch);
+        if constexpr (P::kBias) {
+          const int64_t at = int64_t{query_head} * p.bias.padded + tile.first_query;
+          load_bytes(shared.shifts(queries.index), p.bias.shift + at, P::kShiftBytes, arrived);
+        }
       }
       queries.advance();
       for (int i = tile.keys.end - 1; i >= 0; --i) {
         const int first = tile.first_key + i * P::kKeys;
         load_keys(keys, first, key_head, tile_batch);
+        if constexpr (P::kBias) load_bias(biases, first, query_head, tile);
         if (head >= 0) load_values(values, row, head, batch);
         row = first, head = key_head, batch = tile_batch;
       }
@@ -90,6 +96,19 @@ struct Fetch {
       load_tile<P::kPanels, P::kKeys>(shared.key(keys.index), &p.key, arrived, row, head, batch);
     }
     keys.advance();
+  }
+
+  // From the diagonal of the first key and the tile's last query on, or a little before.
+  ATTN_DEVICE void load_bias(Ring<P::kBiasSlots>& biases, int row, int head,
+                             const Tile& tile) const {
+    barrier_wait(shared.bias_free(biases.index), biases.parity ^ 1);
+    uint64_t* arrived = shared.bias_arrived(biases.index);
+    if (one_lane()) {
+      const int diagonal = (row & ~3) - tile.first_query - (P::kQueries - 1);
+      barrier_arrive_expect(arrived, P::kBiasBytes);
+      load_bytes(shared.bias(biases.index), p.bias.from(head, diagonal), P::kBiasBytes, arrived);
+    }
+    biases.advance();
   }
 
   ATTN_DEVICE void load_values(Ring<P::kStages>& values, int row, int head, int batch) const {

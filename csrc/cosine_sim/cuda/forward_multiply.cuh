@@ -2,7 +2,8 @@
 //
 // |q^.k^| <= 1 bounds the exponents, so there is no running maximum: weights are exp2(scale *
 // log2(e) * q^.k^), in [2^-14, 2^14] for halves and [2^-60, 2^60] for bfloats, whose exponents hold
-// them. What could overflow are values beyond 3e38 / (2^60 N), and keys longer than 3e36 where 1 /
+// them. relative_bias is not bounded, but the greatest that a query's keys have is subtracted from
+// it. What could overflow are values beyond 3e38 / (2^60 N), and keys longer than 3e36 where 1 /
 // |k| multiplies scores. Products of the next keys are under way while weights are computed, and
 // while the values of the last keys are multiplied.
 #pragma once
@@ -25,12 +26,14 @@ struct Multiply {
   Ring<P::kStages> keys, values;
   Ring<P::kQueryStages> queries;
   Ring<P::kSlots> slots;
+  Ring<P::kBiasSlots> biases;
 
   float out[kOutputs];
   float score[kScores];
   uint32_t weight[P::kKeys / 16][4];
   uint32_t query[P::kWidth / 16][4];
   float sum[2];  // of the weights of both rows
+  float shift[2];
 
   ATTN_DEVICE Multiply(const Forward& problem, Shared<P> memory, int thread)
       : p(problem), shared(memory) {
@@ -53,7 +56,12 @@ struct Multiply {
     ATTN_UNROLL
     for (int i = 0; i < 2; ++i) sum[i] = 0.0f;
     barrier_wait(shared.query_ready(queries.index), queries.parity);
+    if constexpr (P::kBias) {
+      barrier_wait(shared.query_arrived(queries.index), queries.parity);
+      for (int i = 0; i < 2; ++i) shift[i] = shared.shifts(queries.index)[row + 8 * i];
+    }
     if constexpr (P::kHeld) hold_query();
+    if constexpr (P::kBias) begin_scores(tile);
     barrier_wait(shared.key_arrived(keys.index), keys.parity);
     products_fence();
     start_scores();
@@ -101,6 +109,7 @@ struct Multiply {
   // The scores of the next keys and the outputs of the last, then the weights of the next.
   template <bool kMasked>
   ATTN_DEVICE void step(const Tile& tile, int i, int accumulate) {
+    if constexpr (P::kBias) begin_scores(tile);
     barrier_wait(shared.key_arrived(keys.index), keys.parity);
     if constexpr (P::kTurns) named_sync(1 + warpgroup, 256);
     keep_weights();
@@ -141,13 +150,31 @@ struct Multiply {
     release(shared.query_free(queries.index));
   }
 
+  // What products are added to. Rows r and r + 8 have the same entries, eight columns apart.
+  ATTN_DEVICE void begin_scores(const Tile& tile) {
+    barrier_wait(shared.bias_arrived(biases.index), biases.parity);
+    const float* from =
+        shared.bias(biases.index) + (tile.first_key & 3) + (P::kQueries - 1 - row) + lane % 4 * 2;
+    float2 below = make_float2(from[-8], from[-7]);
+    ATTN_UNROLL
+    for (int j = 0; j < P::kKeys / 8; ++j) {
+      const float2 above = make_float2(from[8 * j], from[8 * j + 1]);
+      score[4 * j] = above.x - shift[0], score[4 * j + 1] = above.y - shift[0];
+      score[4 * j + 2] = below.x - shift[1], score[4 * j + 3] = below.y - shift[1];
+      below = above;
+    }
+    keep_here(score);
+    release(shared.bias_free(biases.index));
+    biases.advance();
+  }
+
   ATTN_DEVICE void start_scores() {
     if constexpr (P::kHeld) {
       const uint64_t b = matrix(shared.key(keys.index), 0);
       ATTN_UNROLL
       for (int i = 0; i < P::kWidth / 16; ++i) {
-        multiply_held<T, P::kKeys>(score, query[i],
-                                   b + ((i / 4 * P::kKeys * 128 + i % 4 * 32) >> 4), i > 0);
+        multiply_held<T, P::kKeys>(
+            score, query[i], b + ((i / 4 * P::kKeys * 128 + i % 4 * 32) >> 4), P::kBias || i > 0);
       }
       products_commit();
       return;
@@ -159,7 +186,7 @@ struct Multiply {
       // 16 columns are 32 bytes of a row, or the next panel.
       const int panel = i / 4, bytes = i % 4 * 32;
       multiply_shared<T, P::kKeys>(score, a + ((panel * P::kQueries * 128 + bytes) >> 4),
-                                   b + ((panel * P::kKeys * 128 + bytes) >> 4), i > 0);
+                                   b + ((panel * P::kKeys * 128 + bytes) >> 4), P::kBias || i > 0);
     }
     products_commit();
   }
@@ -252,7 +279,11 @@ struct Multiply {
         store_part(to + 32 * i, i, below, inverse, 32 * i < columns);
       }
       if (lane % 4 == 0 && query < tile.past_query) {
-        p.lse[index] = total > 0.0f ? logf(total) : -INFINITY;
+        float lse = total > 0.0f ? logf(total) : -INFINITY;
+        if constexpr (P::kBias) {
+          lse += p.bias.greatest[int64_t{tile.head % p.H} * p.bias.padded + query];
+        }
+        p.lse[index] = lse;
       }
     }
   }

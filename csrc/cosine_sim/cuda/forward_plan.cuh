@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cosine_sim/cuda/band.cuh"
+#include "cosine_sim/cuda/relative_bias.cuh"
 #include "cosine_sim/cuda/rows.cuh"
 
 namespace attn::cuda::cosine {
@@ -21,6 +22,7 @@ struct Forward {
   int heads_together;  // else: how many heads are walked through together, 1 or all
   int places;  // pairs or tiles, and how many of them are of the heads walked through together
   int places_in_part;
+  RelativeBias bias;
 };
 
 // As many as registers and shared memory hold; measured.
@@ -29,7 +31,7 @@ constexpr int keys_of_tile(int width) {
 }
 
 template <class T_, int kWidth_, int kWarpgroups_, int kQueryStages_, bool kUnitKeys_, bool kTurns_,
-          bool kHeld_>
+          bool kHeld_, bool kBias_ = false>
 struct Plan {
   using T = T_;
   static constexpr int kWidth = kWidth_;
@@ -42,6 +44,8 @@ struct Plan {
   static constexpr bool kUnitKeys = kUnitKeys_;
   static constexpr bool kTurns = kTurns_;  // warpgroups take turns at the matrix units
   static constexpr bool kHeld = kHeld_;  // queries in registers: less of shared memory's bandwidth
+  static constexpr bool kBias =
+      kBias_;  // scores begin as relative_bias; then keys are unit vectors
   static constexpr int kThreads = 128 * (kWarpgroups_ + 1);
   // Lanes that make a row of queries a unit vector. With one, tiles waited for it (LOG.md).
   static constexpr int kRowLanes = kUnitKeys_ && kWidth_ == 128 ? 2 : 1;
@@ -63,12 +67,19 @@ struct Plan {
   static constexpr int kKeyOffset = kQueryStages * kQueryBytes;
   static constexpr int kValueOffset = kKeyOffset + kStages * kKeyBytes;
   static constexpr int kFactorOffset = kValueOffset + kStages * kKeyBytes;
-  static constexpr int kBarrierOffset = kFactorOffset + (kUnitKeys ? 0 : kSlots * kKeys * 4);
-  static constexpr int kBarriers = 3 * kQueryStages + 4 * kStages + kSlots;
+  static constexpr int kBiasOffset = kFactorOffset + (kUnitKeys ? 0 : kSlots * kKeys * 4);
+  // Diagonals of a tile, from a multiple of 16 bytes on; shifts of its queries.
+  static constexpr int kBiasSlots = kBias ? 2 : 0;
+  static constexpr int kBiasBytes = (kQueries + kKeys + 4) * 4;
+  static constexpr int kShiftBytes = kBias ? kQueries * 4 : 0;
+  static constexpr int kShiftOffset = kBiasOffset + kBiasSlots * kBiasBytes;
+  static constexpr int kBarrierOffset = kShiftOffset + kQueryStages * kShiftBytes;
+  static constexpr int kBarriers = 3 * kQueryStages + 4 * kStages + kSlots + 2 * kBiasSlots;
   static constexpr int kSharedBytes = kBarrierOffset + kBarriers * 8;
 
   static_assert(kWidth % 16 == 0);
   static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kUnitKeys || !kBias);
 };
 
 // Shared memory under names.
@@ -86,8 +97,14 @@ struct Shared {
   ATTN_DEVICE float* factors(int slot) const {
     return reinterpret_cast<float*>(base + P::kFactorOffset) + slot * P::kKeys;
   }
+  ATTN_DEVICE float* bias(int slot) const {
+    return reinterpret_cast<float*>(base + P::kBiasOffset + slot * P::kBiasBytes);
+  }
+  ATTN_DEVICE float* shifts(int stage) const {
+    return reinterpret_cast<float*>(base + P::kShiftOffset + stage * P::kShiftBytes);
+  }
   // Barriers: arrived, normalised and free of queries; arrived and free of keys; of values;
-  // factors.
+  // factors; arrived and free of relative_bias.
   ATTN_DEVICE uint64_t* barrier(int i) const {
     return reinterpret_cast<uint64_t*>(base + P::kBarrierOffset) + i;
   }
@@ -105,6 +122,10 @@ struct Shared {
   ATTN_DEVICE uint64_t* factors_ready(int slot) const {
     return barrier(kFirst + 4 * P::kStages + slot);
   }
+  ATTN_DEVICE uint64_t* bias_arrived(int slot) const {
+    return barrier(kFirst + 4 * P::kStages + P::kSlots + slot);
+  }
+  ATTN_DEVICE uint64_t* bias_free(int slot) const { return bias_arrived(P::kBiasSlots + slot); }
 
   ATTN_DEVICE void init_barriers() const {
     constexpr int kWarps = 4 * P::kWarpgroups;
@@ -120,6 +141,10 @@ struct Shared {
       barrier_init(value_free(i), kWarps);
     }
     for (int i = 0; i < P::kSlots; ++i) barrier_init(factors_ready(i), P::kKeyGroups);
+    for (int i = 0; i < P::kBiasSlots; ++i) {
+      barrier_init(bias_arrived(i), 1);
+      barrier_init(bias_free(i), kWarps);
+    }
     barrier_init_fence();
   }
 

@@ -9,6 +9,7 @@
 #include "common/checks.h"
 #include "cosine_sim/cuda/backward.cuh"
 #include "cosine_sim/cuda/forward.cuh"
+#include "cosine_sim/cuda/prepared_bias.cuh"
 #include "cosine_sim/cuda/seen.cuh"
 #include "cosine_sim/cuda/tangents.cuh"
 
@@ -57,22 +58,40 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, double s
   check_rows("value", value);
 }
 
+void check_bias(const Tensor& query, const OptionalTensor& mask, const OptionalTensor& bias) {
+  STD_TORCH_CHECK(!bias || (query.scalar_type() == ScalarType::BFloat16 && query.size(3) <= 128),
+                  kOp, ": relative_bias is for bfloat16 and D up to 128 in the kernel for Hopper");
+  STD_TORCH_CHECK(!bias || !mask, kOp,
+                  ": relative_bias is without a mask in the kernel for Hopper");
+}
+
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& key, const Tensor& value,
-                                  const OptionalTensor& mask, int64_t left, int64_t right,
-                                  double scale) {
+                                  const OptionalTensor& mask, const OptionalTensor& relative_bias,
+                                  int64_t left, int64_t right, double scale) {
   check(query, key, value, scale);
+  check_bias(query, mask, relative_bias);
   const Seen seen(kOp, query, key, mask, left, right);
   const int64_t B = query.size(0), H = query.size(1), M = query.size(2);
   Tensor out = allocate(query, {B, H, M, query.size(3)});
   Tensor lse = allocate(query, {B, H, M}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
+  const PreparedBias bias(kOp, query, key, relative_bias, &seen.keys_seen(), std::nullopt);
   const int64_t group = H / key.size(1);
   // Unit keys, and values in their order.
   const int64_t workspace = key.size(2) * key.size(3) * (mask ? 4 : 2);
   in_parts(B, key.size(1), workspace, 128 * kMega, [&](const Part& part) {
     const Tensor q = part.of(query, group), k = part.of(key), v = part.of(value);
     Tensor o = part.of(out, group), l = part.of(lse, group);
-    const ForwardCall call{q, k, v, o, l, part.of(seen.keys_seen()), part.of(seen.order()), scale};
+    const ForwardCall call{q,
+                           k,
+                           v,
+                           o,
+                           l,
+                           part.of(seen.keys_seen()),
+                           part.of(seen.order()),
+                           scale,
+                           bias.of(part, group)};
+    if (relative_bias) return forward_with_bias(call);
     query.scalar_type() == ScalarType::Half ? forward<Half>(call) : forward<BFloat>(call);
   });
   return {out, lse};
@@ -82,8 +101,12 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, std::option
                                              const Tensor& query, const Tensor& key,
                                              const Tensor& value, const Tensor& out,
                                              const Tensor& lse, const OptionalTensor& mask,
-                                             int64_t left, int64_t right, double scale) {
+                                             const OptionalTensor& relative_bias,
+                                             const OptionalTensor& grad_relative_bias, int64_t left,
+                                             int64_t right, double scale) {
   check(query, key, value, scale);
+  check_bias(query, mask, relative_bias);
+  const PreparedBias bias(kOp, query, key, relative_bias, nullptr, grad_relative_bias);
   Seen seen(kOp, query, key, mask, left, right);
   const Reach reach = seen.queries_seeing(query);
   check_rows("grad_out", grad_out);
@@ -109,7 +132,9 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, std::option
     const Reach to = part.of(reach);
     const Order as = part.of(seen.order());
     const Tensor* l_grad = of_lse ? &*of_lse : nullptr;
-    const BackwardCall call{g, q, k, v, o, l, l_grad, gq, gk, gv, to, as, scale};
+    const BackwardCall call{g,  q,  k,  v,  o,  l,     l_grad,
+                            gq, gk, gv, to, as, scale, bias.of(part, group)};
+    if (relative_bias) return backward_with_bias(call);
     query.scalar_type() == ScalarType::Half ? backward<Half>(call) : backward<BFloat>(call);
   });
   return {grads[0], grads[1], grads[2]};
@@ -148,11 +173,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> with_tangents(const Tensor& query, co
 STABLE_TORCH_LIBRARY_FRAGMENT(attn, m) {
   m.def(
       "_cosine_sim_fwd_cuda(Tensor query, Tensor key, Tensor value, Tensor? mask, "
-      "int left, int right, float scale) -> (Tensor out, Tensor lse)");
+      "Tensor? relative_bias, int left, int right, float scale) -> (Tensor out, Tensor lse)");
   m.def(
       "_cosine_sim_bwd_cuda(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor "
-      "value, Tensor out, Tensor lse, Tensor? mask, int left, "
-      "int right, float scale) -> (Tensor, Tensor, Tensor)");
+      "value, Tensor out, Tensor lse, Tensor? mask, Tensor? relative_bias, Tensor(a!)? "
+      "grad_relative_bias, int left, int right, float scale) -> (Tensor, Tensor, Tensor)");
   m.def(
       "_cosine_sim_fwd_jvp_cuda(Tensor query, Tensor key, Tensor value, Tensor tangent_query, "
       "Tensor tangent_key, Tensor tangent_value, int left, int right, float scale) -> (Tensor out, "
