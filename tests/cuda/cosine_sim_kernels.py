@@ -194,7 +194,8 @@ def test_results_and_gradients_agree_with_the_formula(
         assert_close(result, actual[result], same_dtype[result], truth, rounding)
 
 
-# Masks, relative_bias and other widths have no such kernel; of the others an emulation runs those that differ.
+# Masks, relative_bias and other widths have no such kernel; of the others an emulation runs those
+# that differ.
 TANGENTS = [x for x, case in CASES.items() if case.mask is case.relative_bias is None]
 TANGENTS.remove("other widths")
 if DEVICE == "cpu":
