@@ -254,6 +254,9 @@ inline float4 load4(const float* from) {
   emulator::check_aligned(from, 16);
   return *reinterpret_cast<const float4*>(from);
 }
+inline float4 load4_past_l1(const float* from) {
+  return load4(from);
+}
 inline uint4 load4(const uint32_t* from) {
   emulator::check_aligned(from, 16);
   return *reinterpret_cast<const uint4*>(from);

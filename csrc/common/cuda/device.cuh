@@ -205,6 +205,10 @@ ATTN_DEVICE void mma_bfloat(float (&c)[4], const uint32_t (&a)[4], const uint32_
 ATTN_DEVICE float4 load4(const float* from) {
   return *reinterpret_cast<const float4*>(from);
 }
+// What this thread has added by atomic_add4, too.
+ATTN_DEVICE float4 load4_past_l1(const float* from) {
+  return __ldcg(reinterpret_cast<const float4*>(from));
+}
 ATTN_DEVICE uint4 load4(const uint32_t* from) {
   return *reinterpret_cast<const uint4*>(from);
 }

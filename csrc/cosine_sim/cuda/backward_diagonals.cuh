@@ -23,7 +23,7 @@ struct SumDiagonals {
     int buffer = 0;
     Block block;
     for (Blocks<P> blocks{p}; blocks.next(block);) {
-      Cursor at(p, block);
+      Cursor<P> at(p, block);
       const int heads_before = block.head / p.Hk * p.H;
       for (int i = 0; i < block.tiles; ++i, at.advance(block)) {
         if constexpr (P::kScoreBuffers == 2) buffer ^= 1;

@@ -8,8 +8,8 @@
 // order in which they start: dV, dQ and dK of these queries, then S and dP of the next.
 #pragma once
 
-#include "cosine_sim/cuda/backward_diagonals.cuh"
 #include "cosine_sim/cuda/backward_fetch.cuh"
+#include "cosine_sim/cuda/backward_finish.cuh"
 #include "cosine_sim/cuda/backward_store.cuh"
 
 namespace attn::cuda::cosine {
@@ -28,7 +28,8 @@ struct MultiplyBackward {
 
   Ring<P::kQueryStages> queries;
   Ring<P::kGradStages> grads;
-  uint32_t keys_parity = 0, others_parity = 0;
+  Ring<P::kKeyStages> keys;
+  uint32_t others_parity = 0;
   int buffer = 0;  // of dS
 
   float grad_key[kSums], grad_value[kSums];
@@ -55,13 +56,14 @@ struct MultiplyBackward {
 
  private:
   ATTN_DEVICE void attend(const Block& block) {
-    Cursor at(p, block);
-    barrier_wait(shared.keys_arrived(), keys_parity);
+    Cursor<P> at(p, block);
+    barrier_wait(shared.keys_ready(keys.index), keys.parity);
     wait_for_queries();
     products_fence();
     start_scores();
-    barrier_wait(shared.values_arrived(), keys_parity);
-    keys_parity ^= 1;
+    // Its parity turns with every block, as the one of two buffers of keys does.
+    barrier_wait(shared.values_arrived(), P::kNarrow ? keys.index : keys.parity);
+    if constexpr (!P::kNarrow) keys.advance();
     wait_for_grads();
     start_change();
     find_weights_and_slopes(block, at);
@@ -80,7 +82,7 @@ struct MultiplyBackward {
     KeyRows<P>{p, block, lane, row}.store_values(grad_value);  // while products run
     products_wait<1>();
     keep_here(part);
-    add_grad_query(block, at);
+    add_grad_query(block, at, queries.index);
     products_wait<0>();
     keep_here(grad_key);
     release(shared.query_free(queries.index));
@@ -88,7 +90,7 @@ struct MultiplyBackward {
   }
 
   // The sums of these queries, and the weights and slopes of the next.
-  ATTN_DEVICE void step(const Block& block, Cursor& at, int accumulate) {
+  ATTN_DEVICE void step(const Block& block, Cursor<P>& at, int accumulate) {
     start_sums(accumulate);
     const int stage = queries.index;
     start_grad_key(stage, accumulate);
@@ -99,7 +101,7 @@ struct MultiplyBackward {
     queries.advance();
     products_wait<1>();
     keep_here(part);
-    add_grad_query(block, at);
+    add_grad_query(block, at, stage);
     at.advance(block);
     wait_for_queries();
     products_fence();
@@ -121,7 +123,7 @@ struct MultiplyBackward {
   }
 
   // Of S and dP, which are under way.
-  ATTN_DEVICE void find_weights_and_slopes(const Block& block, const Cursor& at) {
+  ATTN_DEVICE void find_weights_and_slopes(const Block& block, const Cursor<P>& at) {
     products_wait<1>();
     keep_here(score);
     if constexpr (P::kHalves == 2) release(shared.other_query_free());
@@ -154,7 +156,7 @@ struct MultiplyBackward {
     start_grad_query();
   }
 
-  ATTN_DEVICE void find_all_weights(const Block& block, const Cursor& at) {
+  ATTN_DEVICE void find_all_weights(const Block& block, const Cursor<P>& at) {
     uint32_t seen[2];
     if (block.queries.is_full(at.tile)) {
       find_weights<false>(seen);
@@ -170,12 +172,18 @@ struct MultiplyBackward {
     }
   }
 
+  // Found anew each time, to hold no registers.
+  ATTN_DEVICE unsigned char* keys_here() const {
+    return shared.key(P::kKeyStages > 1 ? opaque(keys.index) : 0);
+  }
+
   // 64 keys x queries, from rows of keys or values and rows of queries or grad_out.
   ATTN_DEVICE void start_transposed(float (&to)[kScores], unsigned char* keys, unsigned char* rows,
                                     unsigned char* other_rows) {
     ATTN_UNROLL
     for (int half = 0; half < P::kHalves; ++half) {
-      const int place = P::kHalves == 2 ? opaque(warpgroup) : warpgroup;  // to hold no addresses
+      const int place =
+          P::kHalves == 2 || P::kNarrow ? opaque(warpgroup) : warpgroup;  // to hold no addresses
       const uint64_t a = matrix(keys + half * P::kKeyBytes + place * 64 * 128, 0);
       const uint64_t b = matrix(half ? other_rows : rows, 0);
       ATTN_UNROLL
@@ -189,7 +197,7 @@ struct MultiplyBackward {
     products_commit();
   }
   ATTN_DEVICE void start_scores() {
-    start_transposed(score, shared.key(), shared.query(queries.index), shared.other_query());
+    start_transposed(score, keys_here(), shared.query(queries.index), shared.other_query());
   }
   ATTN_DEVICE void start_change() {
     start_transposed(change, shared.value(), shared.grad_out(grads.index), shared.other_grad_out());
@@ -218,7 +226,7 @@ struct MultiplyBackward {
     const int rows = P::kQueries == 64 ? 0 : warpgroup, columns = P::kQueries == 64 ? warpgroup : 0;
     const uint64_t a =
         matrix(shared.score(buffer) + rows * P::kScoreRows * 128, P::kScoreRows * 128);
-    const uint64_t b = matrix(shared.key() + columns * P::kKeys * 128, P::kKeys * 128);
+    const uint64_t b = matrix(keys_here() + columns * P::kKeys * 128, P::kKeys * 128);
     ATTN_UNROLL
     for (int i = 0; i < P::kKeys / 16; ++i) {
       multiply_transposed<T, P::kPart>(part, a + ((i * 16 * 128) >> 4), b + ((i * 16 * 128) >> 4),
@@ -305,32 +313,44 @@ struct MultiplyBackward {
 
   // In the order in which threads hold them, [128 / kQueries][kWidth / 8][128][4]: 16 bytes of a
   // thread are rows g and g + 8, two columns.
-  ATTN_DEVICE void add_grad_query(const Block& block, const Cursor& at) const {
+  ATTN_DEVICE void add_grad_query(const Block& block, const Cursor<P>& at, int stage) {
     // The other warpgroup may write slopes where these were read.
     if constexpr (P::kScoreBuffers == 1) named_arrive(3 - warpgroup, 256);
     constexpr int kSecond = P::kQueries == 64 ? P::kColumns - 64 : P::kPart;  // columns
-    const int64_t tile = int64_t{at.head} * p.query_tiles + at.tile;
-    float* to = p.grad_query + tile * (P::kQueries * P::kWidth) + block.half * (P::kColumns * 64) +
+    const int64_t tile =
+        int64_t{at.head + (P::kNarrow ? block.sums_head : 0)} * p.query_tiles + at.tile;
+    float* to = p.query_sums + tile * (P::kQueries * P::kWidth) + block.half * (P::kColumns * 64) +
                 warpgroup * (64 * P::kPart) + thread * 4;
+    const bool is_new = P::kNarrow && at.tile >= block.new_from;
+    if constexpr (P::kNarrow) {
+      if (at.tile < block.done_before) {
+        const FinishedQueries<P> rows{p, shared, warpgroup, thread, lane};
+        if (!is_new) rows.add_sums(part, to);
+        return rows.store(part, at, stage);
+      }
+    }
     ATTN_UNROLL
     for (int i = 0; i < P::kPart / 8; ++i) {
       if (i >= kSecond / 8 && warpgroup == 1) continue;  // columns past the end
-      atomic_add4(to + i * 512,
-                  make_float4(part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]));
+      const float4 x = make_float4(part[4 * i], part[4 * i + 1], part[4 * i + 2], part[4 * i + 3]);
+      is_new ? store4(to + i * 512, x) : atomic_add4(to + i * 512, x);
     }
   }
 
   ATTN_DEVICE void store_keys(const Block& block) {
     if constexpr (P::kHalves == 2) {
-      release(shared.keys_free());
+      release(shared.keys_free(keys.index));
       store_key_sums(block);
     } else {
       const KeyRows<P> rows{p, block, lane, row};
       typename KeyRows<P>::Units unit;
-      rows.load(shared.key(), unit);
-      release(shared.keys_free());
-      rows.store_keys(grad_key, unit);
+      rows.load(shared.key(keys.index), unit);
+      float inverse[2];
+      if constexpr (P::kNarrow) rows.load_inverse(shared.key_inverse(keys.index), inverse);
+      release(shared.keys_free(keys.index));
+      rows.store_keys(grad_key, unit, inverse);
     }
+    if constexpr (P::kNarrow) keys.advance();
   }
 
   // The way through the norm needs whole rows: that of a kernel of its own, as for queries.
@@ -350,37 +370,5 @@ struct MultiplyBackward {
     }
   }
 };
-
-template <class P>
-__global__ void __launch_bounds__(P::kThreads, 1)
-    backward_kernel(const __grid_constant__ Backward p) {
-#ifdef ATTN_HOPPER
-  const BackwardShared<P> shared{aligned_shared_memory()};
-  if (threadIdx.x == 0) {
-    prefetch_map(&p.query);
-    prefetch_map(&p.key);
-    prefetch_map(&p.value);
-    prefetch_map(&p.grad_out);
-    shared.init_barriers();
-  }
-  __syncthreads();
-  let_next_kernel_start();
-  if (threadIdx.x < 128) {
-    fewer_registers<P::kFetchRegisters>();
-    const int warp = shuffle(static_cast<int>(threadIdx.x / 32), 0);
-    if (warp == 0) fetch_backward<P>(p, shared);
-    if constexpr (P::kSumWarps > 0) {
-      if (warp > 0) {
-        const int lane = static_cast<int>(threadIdx.x & 31);
-        SumDiagonals<P>{p, shared, warp - 1, lane}.run();
-      }
-    }
-  } else {
-    more_registers<P::kMultiplyRegisters>();
-    MultiplyBackward<P> multiply(p, shared, threadIdx.x - 128);
-    multiply.run();
-  }
-#endif
-}
 
 }  // namespace attn::cuda::cosine

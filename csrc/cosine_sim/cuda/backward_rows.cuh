@@ -1,5 +1,5 @@
-// What the backward reads and writes per row, at the speed of memory: unit queries, lse and delta
-// before it, gradients of queries through the norm after it.
+// What the backward reads and writes per row, at the speed of memory: unit queries, lse and
+// delta before it, gradients of queries through the norm after it.
 #pragma once
 
 #include "cosine_sim/cuda/relative_bias.cuh"
@@ -11,14 +11,14 @@ struct QueryRows {
   RowsOf query, out, grad_out;
   const float *lse, *grad_lse;  // [B, H, M]; the gradient may be null
   void* unit;                   // [B, H, M, D]: query / |query| * factor
-  float* rows;                  // [B * H, tiles, 2, kQueries]
-  float* grad_query;            // [B * H, padded, columns], zeros
+  float* rows;                  // [B * H, tiles, kParts, kQueries], see Backward
+  float* zeros;                 // [B * H, padded, columns], or null
   int H, M, D, padded;          // padded: tiles * kQueries
   int columns;                  // of a tile
   float factor;                 // scale * log2(e)
 };
 
-template <class T, int kWidth, int kQueries>
+template <class T, int kWidth, int kQueries, int kParts>
 ATTN_DEVICE void query_rows(const QueryRows& p, int number) {
   constexpr int kLanes = kWidth / 8, kRows = 256 / kLanes;
   const int part = threadIdx.x % kLanes;
@@ -42,21 +42,24 @@ ATTN_DEVICE void query_rows(const QueryRows& p, int number) {
     const int m = first + i * kRows;
     const float squared = sum_of_lanes<kLanes>(squares<T>(x[i], 0.0f));
     const float delta = sum_of_lanes<kLanes>(dot<T>(y[i], z[i]));
+    const float factor = inverse_length(squared) * p.factor;
     if (m >= p.padded) continue;
     const int64_t row = int64_t{head} * p.M + m;
     if (part == 0) {
       const float lse = m < p.M ? p.lse[row] : -INFINITY;
       const int tile = m / kQueries, at = m - tile * kQueries;
-      float* to = p.rows + (int64_t{head} * (p.padded / kQueries) + tile) * (2 * kQueries) + at;
+      float* to =
+          p.rows + (int64_t{head} * (p.padded / kQueries) + tile) * (kParts * kQueries) + at;
       to[0] = lse == -INFINITY ? INFINITY : in_bits(lse);
       to[kQueries] = m < p.M && p.grad_lse ? delta - p.grad_lse[row] : delta;
+      if constexpr (kParts == 3) to[2 * kQueries] = factor;
     }
-    if (part * 8 >= p.columns) continue;
-    float* grad = p.grad_query + (int64_t{head} * p.padded + m) * p.columns + part * 8;
-    store4(grad, make_float4(0, 0, 0, 0));
-    store4(grad + 4, make_float4(0, 0, 0, 0));
+    if (p.zeros && part * 8 < p.columns) {
+      float* to = p.zeros + (int64_t{head} * p.padded + m) * p.columns + part * 8;
+      store4(to, make_float4(0, 0, 0, 0));
+      store4(to + 4, make_float4(0, 0, 0, 0));
+    }
     if (m >= p.M || part * 8 >= p.D) continue;
-    const float factor = inverse_length(squared) * p.factor;
     store4(reinterpret_cast<uint32_t*>(static_cast<T*>(p.unit) + row * p.D + part * 8),
            make_uint4(scaled<T>(x[i].x, factor), scaled<T>(x[i].y, factor),
                       scaled<T>(x[i].z, factor), scaled<T>(x[i].w, factor)));
@@ -64,14 +67,14 @@ ATTN_DEVICE void query_rows(const QueryRows& p, int number) {
 }
 
 // Of the grid's blocks the first `query_blocks` have queries, the others keys.
-template <class T, int kWidth, int kQueries>
+template <class T, int kWidth, int kQueries, int kParts>
 __global__ void __launch_bounds__(256)
     rows_kernel(const __grid_constant__ QueryRows queries, const __grid_constant__ UnitKeys keys,
                 const __grid_constant__ int query_blocks) {
   let_next_kernel_start();
   const int number = blockIdx.x;
   if (number < query_blocks) {
-    query_rows<T, kWidth, kQueries>(queries, number);
+    query_rows<T, kWidth, kQueries, kParts>(queries, number);
   } else {
     find_unit_keys<T, kWidth>(keys, number - query_blocks);
   }

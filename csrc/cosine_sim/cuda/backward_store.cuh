@@ -32,12 +32,19 @@ struct KeyRows {
       }
     }
   }
-  ATTN_DEVICE void store_keys(float (&sums)[kSums], const Units& unit) const {
+  // 1 / |k| of both rows. Of wider rows they come from memory when they are needed.
+  ATTN_DEVICE void load_inverse(const float* of_block, float (&inverse)[2]) const {
+    inverse[0] = of_block[opaque(row)], inverse[1] = of_block[opaque(row + 8)];
+  }
+  ATTN_DEVICE void store_keys(float (&sums)[kSums], const Units& unit,
+                              const float (&inverse)[2]) const {
     ATTN_UNROLL
     for (int below = 0; below < 2; ++below) {
       const int at = opaque(row + 8 * below), key = block.first_key + at;
       const int64_t index = int64_t{block.head} * p.N + key;
-      through_norm(sums, below, key < block.past_key ? p.key_inverse[index] : 0.0f, unit[below]);
+      float factor = inverse[below];
+      if constexpr (!P::kNarrow) factor = key < block.past_key ? p.key_inverse[index] : 0.0f;
+      through_norm(sums, below, factor, unit[below]);
       store_row(static_cast<T*>(p.grad_key), sums, below, at);
     }
   }
