@@ -40,6 +40,8 @@ else:
 ONE = Case(batch=1, heads=1, kv_heads=1, width=128, value_width=128)
 # Keys are normalised by a kernel of their own where 1024 queries read each; causal, where 2048 do.
 # Causal tiles go in pairs where there are 4 pairs for a multiprocessor: the emulation has three.
+# Up to 64 columns a multiprocessor takes whole heads in the backward where that leaves none idle:
+# multiples of three here, of 132 on an H200.
 SMALL = {
     "one tile": ONE.but(queries=128, keys=128),
     "several tiles and heads": ONE.but(heads=4, kv_heads=2, queries=150, keys=280),
@@ -66,6 +68,9 @@ SMALL = {
     "relative bias, and a window": ONE.but(
         queries=210, keys=423, relative_bias="H", causal=True, window=100, strides="transposed"
     ),
+    "whole heads of groups, window": ONE.but(
+        heads=6, kv_heads=3, queries=150, keys=280, causal=True, window=100
+    ),
     "unit keys": ONE.but(heads=8, queries=129, keys=140),
     "unit keys, causal": ONE.but(heads=8, queries=257, keys=150, causal=True, strides="transposed"),
 }
@@ -82,6 +87,10 @@ LARGE = {
     ),
     "more queries than keys": ONE.but(heads=8, kv_heads=2, queries=3000, keys=1000, causal=True),
     "one past a tile": ONE.but(batch=3, heads=5, kv_heads=5, queries=129, keys=257, causal=True),
+    "whole heads": ONE.but(batch=11, heads=12, kv_heads=12, queries=500, keys=512),
+    "whole heads of groups, causal": ONE.but(
+        batch=22, heads=12, kv_heads=6, queries=512, keys=500, causal=True
+    ),
     "window of 512": ONE.but(heads=4, queries=4096, keys=4096, causal=True, window=512),
     "relative bias of long rows": ONE.but(
         batch=2, heads=4, kv_heads=2, queries=2048, keys=2048, relative_bias="H"
@@ -199,7 +208,11 @@ def test_results_and_gradients_agree_with_the_formula(
 TANGENTS = [x for x, case in CASES.items() if case.mask is case.relative_bias is None]
 TANGENTS.remove("other widths")
 if DEVICE == "cpu":
-    TANGENTS = [name for name in TANGENTS if "unit keys" not in name and name != "one tile"]
+    TANGENTS = [
+        name
+        for name in TANGENTS
+        if "unit keys" not in name and "whole" not in name and name != "one tile"
+    ]
     TANGENTS.remove("without a scale")
 
 
