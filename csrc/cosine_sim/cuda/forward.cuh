@@ -88,7 +88,7 @@ void choose_forward(const ForwardCall& call) {
       return launch_forward<Plan<T, 32, 3, 2, true, true, true>>(call);
     case 64:
       return unit ? launch_forward<Plan<T, 64, 3, 2, true, true, false>>(call)
-                  : launch_forward<Plan<T, 64, 2, 1, false, true, true>>(call);
+                  : launch_forward<Plan<T, 64, 2, 1, false, false, true>>(call);
     case 80:
       return launch_forward<Plan<T, 80, 3, 1, true, true, false>>(call);
     case 96:

@@ -1,5 +1,5 @@
-// The warpgroup that fetches: one warp keeps the copy engine busy, three turn queries into unit
-// vectors and find the lengths of keys, in tiles that have arrived.
+// The warpgroup that fetches: one warp keeps the copy engine busy, three find the lengths of keys
+// in tiles that have arrived, and turn queries that no warpgroup holds into unit vectors.
 #pragma once
 
 #include "cosine_sim/cuda/forward_plan.cuh"
@@ -56,17 +56,19 @@ struct Fetch {
     Tile tile;
     int turn = warp;  // mine when it is 0
     for (Tiles<P> tiles{p}; tiles.next(tile);) {
-      barrier_wait(shared.query_arrived(queries.index), queries.parity);
+      if constexpr (!P::kHeld) {
+        barrier_wait(shared.query_arrived(queries.index), queries.parity);
 #pragma unroll 1
-      for (int group = 0; group < P::kQueryGroups; ++group) {
-        if (is_mine(turn)) {
-          normalise(shared.query(queries.index), group, lane);
-          fence_async();
-          sync_warp();
-          if (lane == 0) barrier_arrive(shared.query_ready(queries.index));
+        for (int group = 0; group < P::kQueryGroups; ++group) {
+          if (is_mine(turn)) {
+            normalise(shared.query(queries.index), group, lane);
+            fence_async();
+            sync_warp();
+            if (lane == 0) barrier_arrive(shared.query_ready(queries.index));
+          }
         }
+        queries.advance();
       }
-      queries.advance();
       if constexpr (!P::kUnitKeys) {
         for (int i = tile.keys.end - 1; i >= 0; --i) {
           barrier_wait(shared.key_arrived(keys.index), keys.parity);
@@ -124,18 +126,17 @@ struct Fetch {
 
   // Rows of queries times factor / |row|, where they lie.
   ATTN_DEVICE void normalise(unsigned char* tile, int group, int lane) const {
-    constexpr int kRows = 32 / P::kRowLanes, kPieces = P::kWidth / 8 / P::kRowLanes;
-    const int row = group * kRows + lane % kRows, first = lane / kRows * kPieces;
+    constexpr int kPieces = P::kWidth / 8;
+    const int row = group * 32 + lane;
     float squared = 0.0f;
 #pragma unroll P::kUnroll
     for (int i = 0; i < kPieces; ++i) {
-      squared = squares<T>(load4(piece<P::kQueries>(tile, row, first + i)), squared);
+      squared = squares<T>(load4(piece<P::kQueries>(tile, row, i)), squared);
     }
-    if constexpr (P::kRowLanes == 2) squared += shuffle_xor(squared, kRows);
     const float factor = inverse_length(squared) * p.factor;
 #pragma unroll P::kUnroll
     for (int i = 0; i < kPieces; ++i) {
-      uint32_t* at = piece<P::kQueries>(tile, row, first + i);
+      uint32_t* at = piece<P::kQueries>(tile, row, i);
       const uint4 x = load4(at);
       store4(at, make_uint4(scaled<T>(x.x, factor), scaled<T>(x.y, factor), scaled<T>(x.z, factor),
                             scaled<T>(x.w, factor)));

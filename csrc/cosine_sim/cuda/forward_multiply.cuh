@@ -55,7 +55,8 @@ struct Multiply {
   ATTN_DEVICE void attend(const Tile& tile) {
     ATTN_UNROLL
     for (int i = 0; i < 2; ++i) sum[i] = 0.0f;
-    barrier_wait(shared.query_ready(queries.index), queries.parity);
+    barrier_wait(P::kHeld ? shared.query_arrived(queries.index) : shared.query_ready(queries.index),
+                 queries.parity);
     if constexpr (P::kBias) {
       barrier_wait(shared.query_arrived(queries.index), queries.parity);
       for (int i = 0; i < 2; ++i) shift[i] = shared.shifts(queries.index)[row + 8 * i];
@@ -99,7 +100,7 @@ struct Multiply {
     keep_weights();
     products_fence();
     start_outputs(accumulate);
-    add_sums();
+    add_quads(sum);
     products_wait<0>();
     keep_here(out);
     release(shared.value_free(values.index));
@@ -138,7 +139,7 @@ struct Multiply {
     pack_weights();
   }
 
-  // The left operands of all scores of the tile.
+  // The left operands of all scores of the tile: rows of queries times factor / |row|.
   ATTN_DEVICE void hold_query() {
     unsigned char* tile = shared.query(queries.index);
     const int at = row - lane / 4 + lane % 16;  // 16 rows, then the same at the next 8 columns
@@ -148,6 +149,24 @@ struct Multiply {
       keep_here(query[i]);
     }
     release(shared.query_free(queries.index));
+    float squared[2] = {0.0f, 0.0f};
+    ATTN_UNROLL
+    for (int i = 0; i < P::kWidth / 16; ++i) {
+      ATTN_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const float2 x = unpack(query[i][r], T{});
+        squared[r % 2] += x.x * x.x + x.y * x.y;
+      }
+    }
+    add_quads(squared);
+    ATTN_UNROLL
+    for (int r = 0; r < 2; ++r) squared[r] = inverse_length(squared[r]) * p.factor;
+    ATTN_UNROLL
+    for (int i = 0; i < P::kWidth / 16; ++i) {
+      ATTN_UNROLL
+      for (int r = 0; r < 4; ++r) query[i][r] = scaled<T>(query[i][r], squared[r % 2]);
+      keep_here(query[i]);
+    }
   }
 
   // What products are added to. Rows r and r + 8 have the same entries, eight columns apart.
@@ -250,11 +269,12 @@ struct Multiply {
     }
   }
 
-  ATTN_DEVICE void add_sums() {
+  // The four lanes that share two rows get sums over them.
+  ATTN_DEVICE static void add_quads(float (&x)[2]) {
     ATTN_UNROLL
     for (int i = 0; i < 2; ++i) {
-      sum[i] += shuffle_xor(sum[i], 1);
-      sum[i] += shuffle_xor(sum[i], 2);
+      x[i] += shuffle_xor(x[i], 1);
+      x[i] += shuffle_xor(x[i], 2);
     }
   }
 

@@ -38,26 +38,24 @@ struct Plan {
   static constexpr int kWarpgroups = kWarpgroups_;    // that multiply, 64 queries each
   static constexpr int kQueries = 64 * kWarpgroups_;  // of a tile
   static constexpr int kKeys = keys_of_tile(kWidth_);
-  static constexpr int kStages = kWidth_ > 128 ? 2 : 3;  // tiles of keys and of values under way
+  // Tiles of keys and of values under way.
+  static constexpr int kStages = kWidth_ > 128 ? 2 : kWidth_ == 64 && kHeld_ ? 5 : 3;
   static constexpr int kQueryStages = kQueryStages_;
   // Keys are unit vectors already; else warps that only fetch find 1 / |k| in shared memory.
   static constexpr bool kUnitKeys = kUnitKeys_;
   static constexpr bool kTurns = kTurns_;  // warpgroups take turns at the matrix units
-  static constexpr bool kHeld = kHeld_;  // queries in registers: less of shared memory's bandwidth
+  // Queries in registers: less of shared memory's bandwidth, and the warpgroups that multiply make
+  // them unit vectors there. Else warps that only fetch do in shared memory.
+  static constexpr bool kHeld = kHeld_;
   static constexpr bool kBias =
       kBias_;  // scores begin as relative_bias; then keys are unit vectors
   static constexpr int kThreads = 128 * (kWarpgroups_ + 1);
-  // Lanes that make a row of queries a unit vector. With one, tiles waited for it (LOG.md).
-  static constexpr int kRowLanes = kUnitKeys_ && kWidth_ == 128 ? 2 : 1;
   // Together all registers of a multiprocessor: 504 or 512 for a thread of each warpgroup.
-  static constexpr int kFetchRegisters = kWarpgroups_ == 3 ? 32 : kRowLanes == 2 ? 56 : 40;
-  static constexpr int kMultiplyRegisters = kWarpgroups_ == 3 ? 160 : kRowLanes == 2 ? 224 : 232;
-  static constexpr int kUnroll =  // pieces of a row under way
-      kFetchRegisters < 40 ? 2
-      : kRowLanes == 2     ? 8
-                           : 4;
+  static constexpr int kFetchRegisters = kWarpgroups_ == 3 ? 32 : kHeld_ ? 56 : 40;
+  static constexpr int kMultiplyRegisters = kWarpgroups_ == 3 ? 160 : kHeld_ ? 224 : 232;
+  static constexpr int kUnroll = (kFetchRegisters - 24) / 4;  // pieces of a row under way
 
-  static constexpr int kQueryGroups = kQueries * kRowLanes / 32;
+  static constexpr int kQueryGroups = kQueries / 32;
   static constexpr int kKeyGroups = kKeys / 32;
   static constexpr int kSlots = kStages + 1;  // of key factors: see Fetch::prepare
 
