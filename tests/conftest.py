@@ -43,6 +43,14 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def memory_is_given_back() -> Iterator[None]:
+    """Processes of a parallel run share a GPU: what one's allocator keeps, the others lack."""
+    yield
+    if DEVICE.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def torch_as_it_was() -> Iterator[None]:
     """Takes back what the commands of the benchmarks set for their process."""
