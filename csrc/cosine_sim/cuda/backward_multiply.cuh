@@ -306,10 +306,7 @@ struct MultiplyBackward {
     fence_async();
   }
 
-  ATTN_DEVICE void release(uint64_t* barrier) const {
-    sync_warp();
-    if (lane == 0) barrier_arrive(barrier);
-  }
+  ATTN_DEVICE void release(uint64_t* barrier) const { release_buffer(barrier, lane); }
 
   // In the order in which threads hold them, [128 / kQueries][kWidth / 8][128][4]: 16 bytes of a
   // thread are rows g and g + 8, two columns.

@@ -1,6 +1,7 @@
 // Gradients of a block's keys and values, from the registers of a warpgroup to memory.
 #pragma once
 
+#include "cosine_sim/cuda/accumulators.cuh"
 #include "cosine_sim/cuda/backward_plan.cuh"
 
 namespace attn::cuda::cosine {
@@ -65,7 +66,7 @@ struct KeyRows {
     ATTN_UNROLL
     for (int i = 0; i < (P::kColumns + 31) / 32; ++i) {
       const bool inside = 32 * i < kSure ? key < block.past_key : 32 * i < columns;
-      store_part(to + 32 * i, sums, i, below, inside);
+      store_part(to + 32 * i, sums, i, below, 1.0f, lane, inside);
     }
   }
 
@@ -90,20 +91,6 @@ struct KeyRows {
       g[0] = (g[0] - k.x * along) * inverse;
       g[1] = (g[1] - k.y * along) * inverse;
     }
-  }
-
-  // 32 columns of a row, of which a thread has 8 pairs apart: four threads exchange them, so that
-  // each stores 8 neighbours.
-  ATTN_DEVICE void store_part(T* to, const float (&sums)[kSums], int i, int below,
-                              bool inside) const {
-    uint32_t x[4];
-    ATTN_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const float* pair = sums + (16 * i + 4 * j) % kSums + 2 * below;  // past the end any will do
-      x[j] = pack(pair[0], pair[1], T{});
-    }
-    transpose_lanes(x, lane);
-    if (inside) store4(reinterpret_cast<uint32_t*>(to), make_uint4(x[0], x[1], x[2], x[3]));
   }
 };
 

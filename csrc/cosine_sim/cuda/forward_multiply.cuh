@@ -8,6 +8,7 @@
 // while the values of the last keys are multiplied.
 #pragma once
 
+#include "cosine_sim/cuda/accumulators.cuh"
 #include "cosine_sim/cuda/forward_fetch.cuh"
 
 namespace attn::cuda::cosine {
@@ -80,7 +81,7 @@ struct Multiply {
     }
     keys.advance();
     slots.advance();
-    pack_weights();
+    pack_weights<T>(weight, score);
     barrier_wait(shared.value_arrived(values.index), values.parity);
     int accumulate = 0;
     for (--i; i >= tile.keys.full_end; --i) {
@@ -136,7 +137,7 @@ struct Multiply {
     products_wait<0>();
     keep_here(out);
     release(shared.value_free(done));
-    pack_weights();
+    pack_weights<T>(weight, score);
   }
 
   // The left operands of all scores of the tile: rows of queries times factor / |row|.
@@ -259,30 +260,7 @@ struct Multiply {
     for (int i = 0; i < P::kKeys / 16; ++i) keep_here(weight[i]);
   }
 
-  ATTN_DEVICE void pack_weights() {
-    ATTN_UNROLL
-    for (int i = 0; i < P::kKeys / 16; ++i) {
-      ATTN_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        weight[i][r] = pack(score[8 * i + 2 * r], score[8 * i + 2 * r + 1], T{});
-      }
-    }
-  }
-
-  // The four lanes that share two rows get sums over them.
-  ATTN_DEVICE static void add_quads(float (&x)[2]) {
-    ATTN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      x[i] += shuffle_xor(x[i], 1);
-      x[i] += shuffle_xor(x[i], 2);
-    }
-  }
-
-  // The warp is done with a buffer.
-  ATTN_DEVICE void release(uint64_t* barrier) const {
-    sync_warp();
-    if (lane == 0) barrier_arrive(barrier);
-  }
+  ATTN_DEVICE void release(uint64_t* barrier) const { release_buffer(barrier, lane); }
 
   ATTN_DEVICE void store(const Tile& tile) {
     ATTN_UNROLL
@@ -296,7 +274,7 @@ struct Multiply {
           query < tile.past_query ? p.D - lane % 4 * 8 : 0;  // from this lane's first on
       ATTN_UNROLL
       for (int i = 0; i < (P::kWidth + 31) / 32; ++i) {
-        store_part(to + 32 * i, i, below, inverse, 32 * i < columns);
+        store_part(to + 32 * i, out, i, below, inverse, lane, 32 * i < columns);
       }
       if (lane % 4 == 0 && query < tile.past_query) {
         float lse = total > 0.0f ? logf(total) : -INFINITY;
@@ -306,20 +284,6 @@ struct Multiply {
         p.lse[index] = lse;
       }
     }
-  }
-
-  // 32 columns of a row, of which a thread has 8 pairs apart: four threads exchange them, so that
-  // each stores 8 neighbours.
-  ATTN_DEVICE void store_part(T* to, int i, int below, float inverse, bool inside) const {
-    uint32_t x[4];
-    ATTN_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const float* pair =
-          out + (16 * i + 4 * j) % kOutputs + 2 * below;  // past the end any will do
-      x[j] = pack(pair[0] * inverse, pair[1] * inverse, T{});
-    }
-    transpose_lanes(x, lane);
-    if (inside) store4(reinterpret_cast<uint32_t*>(to), make_uint4(x[0], x[1], x[2], x[3]));
   }
 };
 

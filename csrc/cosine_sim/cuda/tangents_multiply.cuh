@@ -9,6 +9,7 @@
 // keep warpgroups apart, cost an eighth (LOG.md).
 #pragma once
 
+#include "cosine_sim/cuda/accumulators.cuh"
 #include "cosine_sim/cuda/tangents_plan.cuh"
 #include "cosine_sim/cuda/unit_rows.cuh"
 
@@ -58,9 +59,9 @@ struct TangentMultiply {
     queries.advance();
     normalise();
     for (int i = tile.keys.end - 1; i >= 0; --i) step(tile, i, i + 1 < tile.keys.end);
-    add_sums(sum);
-    add_sums(weight_sum);
-    add_sums(moved_sum);
+    add_quads(sum);
+    add_quads(weight_sum);
+    add_quads(moved_sum);
   }
 
   ATTN_DEVICE void step(const Tile& tile, int i, int accumulate) {
@@ -79,7 +80,9 @@ struct TangentMultiply {
       score[j] = fast_exp2(score[j]);
       sum[j / 2 % 2] += score[j];
     }
-    pack_weights();
+    pack_weights<T>(weight, score);
+    ATTN_UNROLL
+    for (int k = 0; k < kKeySteps; ++k) keep_here(weight[k]);
     barrier_wait(shared.value_arrived(stage), parity);
     products_fence();
     start_outputs(stage, accumulate);
@@ -198,30 +201,7 @@ struct TangentMultiply {
     products_commit();
   }
 
-  ATTN_DEVICE void pack_weights() {
-    ATTN_UNROLL
-    for (int i = 0; i < kKeySteps; ++i) {
-      ATTN_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        weight[i][r] = pack(score[8 * i + 2 * r], score[8 * i + 2 * r + 1], T{});
-      }
-      keep_here(weight[i]);
-    }
-  }
-
-  ATTN_DEVICE static void add_sums(float (&x)[2]) {
-    ATTN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      x[i] += shuffle_xor(x[i], 1);
-      x[i] += shuffle_xor(x[i], 2);
-    }
-  }
-
-  // The warp is done with a buffer.
-  ATTN_DEVICE void release(uint64_t* barrier) const {
-    sync_warp();
-    if (lane == 0) barrier_arrive(barrier);
-  }
+  ATTN_DEVICE void release(uint64_t* barrier) const { release_buffer(barrier, lane); }
 
   // --- results
 
@@ -244,27 +224,15 @@ struct TangentMultiply {
           o *= inverse;
           t = t * inverse - slope * o;
         }
-        store_part(static_cast<T*>(p.out) + place + 32 * i, out, i, below, inside);
-        store_part(static_cast<T*>(p.tangent_out) + place + 32 * i, tangent_out, i, below, inside);
+        store_part(static_cast<T*>(p.out) + place + 32 * i, out, i, below, 1.0f, lane, inside);
+        store_part(static_cast<T*>(p.tangent_out) + place + 32 * i, tangent_out, i, below, 1.0f,
+                   lane, inside);
       }
       if (lane % 4 == 0 && inside) {
         p.lse[index] = total > 0.0f ? logf(sum[below]) : -INFINITY;
         p.tangent_lse[index] = slope;
       }
     }
-  }
-
-  // As in forward_multiply.cuh: 32 columns of a row, of which four threads exchange pairs.
-  ATTN_DEVICE void store_part(T* to, const float (&from)[kOutputs], int i, int below,
-                              bool inside) const {
-    uint32_t x[4];
-    ATTN_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const float* pair = from + 16 * i + 4 * j + 2 * below;
-      x[j] = pack(pair[0], pair[1], T{});
-    }
-    transpose_lanes(x, lane);
-    if (inside) store4(reinterpret_cast<uint32_t*>(to), make_uint4(x[0], x[1], x[2], x[3]));
   }
 };
 
