@@ -84,37 +84,42 @@ def _takes_relative_bias(inputs: Inputs) -> bool:
     return inputs.mask is None and query.dtype == torch.bfloat16 and narrow
 
 
-def _takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    batch, heads, num_queries, width = query.shape
-    num_keys = key.shape[2]
+def _takes_rows_like(query: Tensor, value: Tensor) -> bool:
+    """What neither lengths nor strides decide."""
+    width = query.shape[3]
     return (
         query.dtype in DTYPES
         and width in WIDTHS
         and value.shape[3] == width
+        and _is_there(query.device)
+    )
+
+
+def _takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    batch, heads, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    return (
+        _takes_rows_like(query, value)
         and num_queries >= FEWEST_QUERIES
         and 0 < batch * heads * num_keys <= MOST_ROWS
         and batch * heads * num_queries <= MOST_ROWS
         and _has_whole_rows(query)
         and _has_whole_rows(key)
         and _has_whole_rows(value)
-        and _is_there(query.device)
     )
 
 
 def _may_take(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether a package calls the kernels: they refuse sizes that they do not take."""
-    batch, heads, num_queries, width = query.shape
+    batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     return (
-        query.dtype in DTYPES
-        and width in WIDTHS
-        and value.shape[3] == width
+        _takes_rows_like(query, value)
         and _ahead.possible(num_queries >= FEWEST_QUERIES)
         and _ahead.known(batch * heads * num_keys > 0)
         and _ahead.possible(batch * heads * num_keys <= MOST_ROWS)
         and _ahead.possible(batch * heads * num_queries <= MOST_ROWS)
         and all(map(_may_have_whole_rows, (query, key, value)))
-        and _is_there(query.device)
     )
 
 

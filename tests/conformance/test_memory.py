@@ -12,6 +12,7 @@ import torch
 from tests.comparison import assert_same
 from tests.conformance.evaluate import DTYPES, cotangents, with_gradients
 from tests.conformance.spec import OpSpec, only
+from tests.conftest import DEVICE
 
 
 def run(program: str, *args: str, **environment: str) -> str:
@@ -41,6 +42,8 @@ def test_every_output_is_written(
         assert not result.isnan().any(), f"{name} has unwritten elements"
 
 
+of_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's allocator")
+
 # glibc fills what malloc returns with 0xFE: huge numbers, NaN in float16.
 PERTURBED = {"MALLOC_PERTURB_": "1", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 AGREE = """
@@ -56,10 +59,9 @@ for case in (*spec.cases.values(), *spec.examples):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of glibc")
-def test_nothing_unwritten_is_read_in_native_code(spec: OpSpec, device: torch.device) -> None:
+@of_the_cpu
+def test_nothing_unwritten_is_read_in_native_code(spec: OpSpec) -> None:
     """What C++ allocates is not filled in deterministic mode."""
-    if device.type != "cpu":
-        pytest.skip("the CPU's allocator")
     run(AGREE, spec.name, **PERTURBED)
 
 
@@ -90,10 +92,9 @@ assert allocated_by_calls(500) < 500 * 16
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc counts from 2.33 on")
-def test_calls_leave_no_memory_behind(spec: OpSpec, device: torch.device) -> None:
+@of_the_cpu
+def test_calls_leave_no_memory_behind(spec: OpSpec) -> None:
     """Strings that ops are called with were kept forever: PyTorch's stable ABI does not free."""
-    if device.type != "cpu":
-        pytest.skip("the CPU's allocator")
     run(KEEP_NOTHING, spec.name)
 
 
